@@ -1,0 +1,1 @@
+"""Deeply-supervised knowledge distillation for Keras 3."""

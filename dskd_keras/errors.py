@@ -1,0 +1,32 @@
+"""The one kind of error that a user can mend: a wrong setting, said in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A setting, a model or a data set that can't be used.
+
+    The message is one line that names the field, its value and what would have been right, so the
+    command line prints it alone, without a traceback.
+    """
+
+
+def unknown_name(field: str, value: object, choices: Iterable[str]) -> InputError:
+    """Returns the error for a name that is not among `choices`, close names first.
+
+    Args:
+        field: The field or argument that held the name.
+        value: What it held.
+        choices: All names that would have been right.
+
+    Returns:
+        An `InputError`, to be raised by the caller.
+    """
+    choices = [str(choice) for choice in choices]
+    by_folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(str(value).casefold(), list(by_folded), n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(repr(by_folded[name]) for name in close)}?" if close else ""
+    return InputError(
+        f"{field}: unknown name {value!r}.{hint} Choices: {', '.join(choices) or 'none'}."
+    )
