@@ -1,1 +1,18 @@
 """Deeply-supervised knowledge distillation for Keras 3."""
+
+from dskd_keras import callbacks, losses, models, weighting
+from dskd_keras.distiller import Distiller, Targets
+from dskd_keras.errors import InputError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Distiller",
+    "InputError",
+    "Targets",
+    "__version__",
+    "callbacks",
+    "losses",
+    "models",
+    "weighting",
+]

@@ -1,0 +1,141 @@
+"""Auxiliary heads on the student's shallow layers, and the one graph that computes all of them."""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import layers
+
+from dskd_keras import graph
+
+
+class Outputs(NamedTuple):
+    """What a training step sees of the student.
+
+    Attributes:
+        logits: `[B, C]`, the student's own.
+        deep_logits: The auxiliary heads' logits `[B, C]` by layer name; empty where the
+            class-prediction loss of the shallow layers is off.
+        deep_features: The projected feature maps by layer name, channels last, with the teacher's
+            channels; empty where the feature-map loss is off.
+    """
+
+    logits: Any
+    deep_logits: dict
+    deep_features: dict
+
+
+# The layers that a head is made of, by the rank of the feature map that it sits on.
+_CONVOLUTIONS = {
+    3: (layers.SeparableConv1D, layers.Conv1D),
+    4: (layers.SeparableConv2D, layers.Conv2D),
+}
+_POOLINGS = {
+    3: (layers.AdaptiveAveragePooling1D, layers.GlobalAveragePooling1D),
+    4: (layers.AdaptiveAveragePooling2D, layers.GlobalAveragePooling2D),
+}
+
+
+def attach(student, names, teacher_shape, num_classes, predictions=True, features=True, dtype=None):
+    """Builds the multi-output graph of a student with its auxiliary heads.
+
+    Every head is a projector followed by pooling and a classifier. The projector halves the map
+    with separable convolutions of stride 2 until it has the teacher's size (the shape of head that
+    "Be Your Own Teacher", Zhang et al., ICCV 2019, puts on shallow layers), then brings it to the
+    teacher's channels with a linear 1×1 convolution. It ends without an activation, because a
+    teacher's feature map may be negative.
+
+    Args:
+        student: A functional model with logits `[B, C]`.
+        names: Names of the student's shallow layers.
+        teacher_shape: The teacher's feature map without the batch, channels last: `(H, W, D)`,
+            `(T, D)` or `(D,)`.
+        num_classes: C.
+        predictions: Whether heads get a classifier.
+        features: Whether the projected maps are outputs.
+        dtype: The heads' dtype policy. Defaults to Keras's global one.
+
+    Returns:
+        A functional model with the student's inputs and an `Outputs`. It shares the student's
+        layers, so one forward pass gives everything.
+
+    Raises:
+        InputError: A name is unknown, or its layer has no usable feature map.
+    """
+    student, tensors = graph.tap("student_layers", student, names)
+    deep_logits, deep_features = {}, {}
+    for name, tensor in zip(names, tensors, strict=True):
+        head = _Head(name, dtype)
+        projected = head.project(graph.channels_last(tensor), teacher_shape)
+        if predictions:
+            deep_logits[name] = head.classify(projected, num_classes)
+        if features:
+            deep_features[name] = projected
+    outputs = Outputs(student.outputs[0], deep_logits, deep_features)
+    return keras.Model(graph.input_structure(student), outputs, name=f"{student.name}_with_heads")
+
+
+class _Head:
+    """Names and precision of one head's layers."""
+
+    def __init__(self, name, dtype):
+        # A slash would be a new scope in a TensorFlow graph and a folder in a weights file.
+        self.prefix = f"head_{name.replace('/', '_')}"
+        self.dtype = dtype
+
+    def project(self, x, teacher_shape):
+        *size, channels = teacher_shape
+        if len(x.shape) != len(teacher_shape) + 1 and len(x.shape) > 2:
+            # Unlike kinds of maps are compared by their averages over positions.
+            x = self._pool(x)
+        if len(x.shape) == 2:
+            x = self._activate(layers.Dense(channels, use_bias=False, **self._named("dense")), x)
+            return layers.Dense(channels, **self._named("projection"))(x)
+        separable, convolution = _CONVOLUTIONS[len(x.shape)]
+        # Positions are never made up: where the student has fewer, the teacher's are pooled.
+        size = [min(own, other) for own, other in zip(x.shape[1:-1], size, strict=True)]
+        block = 0
+        while block == 0 or _can_halve(x, size):
+            block += 1
+            convolve = separable(
+                min(channels, 2 * x.shape[-1]),
+                kernel_size=3,
+                strides=2 if _can_halve(x, size) else 1,
+                padding="same",
+                use_bias=False,
+                data_format="channels_last",
+                **self._named(f"conv{block}"),
+            )
+            x = self._activate(convolve, x)
+        if list(x.shape[1:-1]) != size:
+            pooling, _ = _POOLINGS[len(x.shape)]
+            x = pooling(size, data_format="channels_last", **self._named("resize"))(x)
+        project = convolution(
+            channels,
+            kernel_size=1,
+            data_format="channels_last",
+            **self._named("projection"),
+        )
+        return project(x)
+
+    def classify(self, x, num_classes):
+        if len(x.shape) > 2:
+            x = self._pool(x)
+        # Logits leave in float32 whatever the student's precision is.
+        return layers.Dense(num_classes, name=f"{self.prefix}_logits", dtype="float32")(x)
+
+    def _pool(self, x):
+        _, pooling = _POOLINGS[len(x.shape)]
+        return pooling(data_format="channels_last", **self._named("pool"))(x)
+
+    def _activate(self, layer, x):
+        x = layers.BatchNormalization(
+            momentum=0.9, epsilon=1e-5, name=f"{layer.name}_bn", dtype=self.dtype
+        )(layer(x))
+        return layers.ReLU(name=f"{layer.name}_relu", dtype=self.dtype)(x)
+
+    def _named(self, part):
+        return {"name": f"{self.prefix}_{part}", "dtype": self.dtype}
+
+
+def _can_halve(x, size):
+    return all(own >= 2 * target for own, target in zip(x.shape[1:-1], size, strict=True))

@@ -1,0 +1,116 @@
+"""The two distances between teacher and student, as Keras losses that give one value an image."""
+
+import math
+
+import keras
+from keras import ops
+
+from dskd_keras.errors import InputError
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class KLDivergence(keras.losses.Loss):
+    """Kullback-Leibler divergence between two sets of logits, softened by a temperature.
+
+    `τ² · Σ_c softmax(p/τ)_c · (log_softmax(p/τ)_c − log_softmax(q/τ)_c)` for teacher logits `p` and
+    student logits `q`. The factor τ² keeps the size of the gradient independent of the temperature
+    (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", section 2).
+
+    Args:
+        temperature: Positive float τ. Defaults to 4.0, the literature's value on CIFAR-100.
+        reduction: As in `keras.losses.Loss`. `call` itself never reduces.
+        name: Optional name.
+        dtype: The dtype of the computation. Defaults to `keras.config.floatx()`.
+
+    Shapes:
+        `y_true`, `y_pred`: logits `[B, C]`; `call` returns `[B]`.
+
+    Raises:
+        InputError: `temperature` is not a positive finite number.
+    """
+
+    def __init__(
+        self,
+        temperature=4.0,
+        reduction="sum_over_batch_size",
+        name="kl_divergence",
+        dtype=None,
+    ):
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self.temperature = check_temperature("temperature", temperature)
+
+    def call(self, y_true, y_pred):
+        """Returns the divergence of `y_pred` from `y_true`, both logits `[B, C]`, as `[B]`."""
+        log_p = ops.log_softmax(ops.divide(y_true, self.temperature), axis=-1)
+        log_q = ops.log_softmax(ops.divide(y_pred, self.temperature), axis=-1)
+        divergence = ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+        return self.temperature**2 * divergence
+
+    def get_config(self):
+        """Returns the arguments that rebuild this loss."""
+        return {**super().get_config(), "temperature": self.temperature}
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class FeatureMeanSquaredError(keras.losses.Loss):
+    """Mean squared difference of two feature maps, over everything but the batch.
+
+    `keras.losses.MeanSquaredError` averages the last axis alone, so that on `[B, H, W, C]` a
+    `sample_weight` of shape `[B]` would be aligned with W.
+
+    Where the teacher's map is the larger one it is average-pooled to the student's size. Maps of
+    unlike kinds (a sequence and an image, say) are compared by their averages over positions.
+
+    Args:
+        reduction: As in `keras.losses.Loss`. `call` itself never reduces.
+        name: Optional name.
+        dtype: The dtype of the computation. Defaults to `keras.config.floatx()`.
+
+    Shapes:
+        `y_true`, the teacher's: `[B, H, W, D]`, `[B, T, D]` or `[B, D]`, channels last.
+        `y_pred`, the student's, projected to the same D: likewise. `call` returns `[B]`.
+    """
+
+    def __init__(
+        self, reduction="sum_over_batch_size", name="feature_mean_squared_error", dtype=None
+    ):
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+    def call(self, y_true, y_pred):
+        """Returns the mean squared difference of `y_true` and `y_pred` for each image, `[B]`."""
+        if len(y_true.shape) != len(y_pred.shape):
+            y_true, y_pred = _mean_over_positions(y_true), _mean_over_positions(y_pred)
+        size = tuple(y_pred.shape[1:-1])
+        if tuple(y_true.shape[1:-1]) != size:
+            y_true = ops.adaptive_average_pool(y_true, size, data_format="channels_last")
+        difference = ops.square(y_true - y_pred)
+        return ops.mean(difference, axis=tuple(range(1, len(difference.shape))))
+
+
+def check_temperature(field, value):
+    """Returns `value` as a float, or raises `InputError` unless it is positive and finite."""
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{field} should be a positive number. Received: {value!r}.")
+    return float(value)
+
+
+def check_coefficient(field, value):
+    """Returns `value` as a float, or raises `InputError` unless it is finite and not negative."""
+    if not _is_number(value) or not math.isfinite(value) or value < 0:
+        raise InputError(
+            f"{field} should be a finite number that is not negative. Received: {value!r}."
+        )
+    return float(value)
+
+
+def _is_number(value):
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, (str, bool))
+
+
+def _mean_over_positions(x):
+    axes = tuple(range(1, len(x.shape) - 1))
+    return ops.mean(x, axis=axes) if axes else x

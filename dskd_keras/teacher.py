@@ -1,0 +1,71 @@
+"""The frozen teacher, as the training step needs it."""
+
+import keras
+
+from dskd_keras import graph
+
+
+class FrozenTeacher:
+    """A teacher that is run and never changed.
+
+    It is no Keras layer on purpose: a tracked teacher would enter every `save_weights`,
+    `get_weights` and summary of the distiller, would be unfrozen by `distiller.trainable = True`,
+    and would add its regularisation losses.
+
+    Args:
+        model: A functional model with logits `[B, C]`. It is frozen: `model.trainable` becomes
+            False.
+        predictions: Whether its logits are needed.
+        features: Whether its feature map is needed.
+        layer: Name of the layer that gives the feature map. Defaults to the last feature map
+            before the pooling.
+
+    Attributes:
+        model: The model as given.
+        feature_shape: Shape of the feature map without the batch, channels last, or None.
+        output_names: The keys of its outputs: "features", "logits".
+        variables: All variables of the model, none of them trainable.
+
+    Raises:
+        InputError: `layer` is unknown or gives no usable feature map.
+    """
+
+    def __init__(self, model, predictions=True, features=True, layer=None):
+        self.model = model
+        model.trainable = False
+        opened, outputs, self.feature_shape = model, {}, None
+        if features:
+            if layer is None:
+                tensor = graph.last_feature_map(model)
+            else:
+                opened, (tensor,) = graph.tap("teacher_layer", model, [layer])
+            outputs["features"] = graph.channels_last(tensor)
+            self.feature_shape = tuple(outputs["features"].shape[1:])
+        if predictions:
+            outputs["logits"] = opened.outputs[0]
+        self._graph = keras.Model(
+            graph.input_structure(opened), outputs, name=f"{model.name}_frozen"
+        )
+        self.output_names = list(outputs)
+        self.variables = self._graph.variables
+
+    def __call__(self, x, variables=None):
+        """Runs the teacher in inference mode.
+
+        Args:
+            x: A batch of inputs.
+            variables: The values of `self.variables`, where the variables themselves hold none (in
+                a JAX training step).
+
+        Returns:
+            A dict of what was asked for: `"logits"` `[B, C]`, `"features"` `[B, H, W, D]`,
+            `[B, T, D]` or `[B, D]`.
+        """
+        if variables is None:
+            return self._graph(x, training=False)
+        outputs, _ = self._graph.stateless_call([], variables, x, training=False)
+        return outputs
+
+    def predict(self, x, batch_size=None, verbose=0):
+        """Returns the same dict for all of `x`, computed in batches, as NumPy arrays."""
+        return self._graph.predict(x, batch_size=batch_size, verbose=verbose)

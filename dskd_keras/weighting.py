@@ -1,0 +1,173 @@
+"""Loss-based weight allocation: how much each supervised layer counts, from its current loss."""
+
+import keras
+from keras import ops
+
+from dskd_keras.errors import InputError, unknown_name
+from dskd_keras.losses import check_temperature
+
+
+class Weighting(keras.layers.Layer):
+    """Allocates one weight to each supervised layer. Subclasses implement `call`.
+
+    A strategy is a Keras layer, so that a state (a moving average of the losses, say) is held in
+    variables made with `add_weight` that the distiller tracks, saves and restores. The distiller
+    keeps two copies of it, one for the class-prediction losses and one for the feature-map losses.
+
+    The paper's abstract (arXiv 2202.07846) says that the allocation depends on the losses and no
+    more; the formulas here are this project's.
+
+    Args:
+        name: Optional name.
+
+    Call arguments:
+        losses: float32 `[L]`, the batch means of the L layers' losses. No gradient flows through.
+
+    Returns:
+        float32 `[L]`, not negative, summing to 1. One layer gets weight 1. Infinite losses take all
+        the weight (in equal parts), so that a diverging layer shows in the total as infinite rather
+        than as NaN.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable()
+    class Squared(dskd_keras.weighting.Weighting):
+        def call(self, losses):
+            squares = keras.ops.square(losses)
+            return squares / keras.ops.sum(squares)
+    ```
+    """
+
+    def __init__(self, name=None, **kwargs):
+        # Losses stay in float32 whatever the student's precision is.
+        kwargs["dtype"] = "float32"
+        super().__init__(name=name, **kwargs)
+
+    def __call__(self, losses):
+        losses = ops.stop_gradient(ops.convert_to_tensor(losses, dtype="float32"))
+        infinite = ops.isinf(losses)
+        # Strategies see finite values in any case: 0 · inf would turn both branches into NaN.
+        weights = super().__call__(ops.where(infinite, ops.zeros_like(losses), losses))
+        infinite = ops.cast(infinite, "float32")
+        count = ops.sum(infinite)
+        weights = ops.where(count > 0, infinite / ops.maximum(count, 1.0), weights)
+        return ops.stop_gradient(weights)
+
+    def call(self, losses):
+        """Returns the weights `[L]` for finite losses `[L]`."""
+        raise NotImplementedError(f"{type(self).__name__} should implement call(losses).")
+
+    def compute_output_spec(self, losses):
+        """Returns the weights' shape and dtype, which are the losses'."""
+        return keras.KerasTensor(losses.shape, dtype="float32")
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class Softmax(Weighting):
+    """`softmax(losses / temperature)`: a layer with a larger loss lags and gets more weight.
+
+    Losses of the same size give nearly uniform weights; a smaller temperature sharpens them.
+
+    Args:
+        temperature: Positive float, in units of the losses. Defaults to 1.0.
+        name: Optional name.
+    """
+
+    def __init__(self, temperature=1.0, name=None, **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.temperature = check_temperature("weighting temperature", temperature)
+
+    def call(self, losses):
+        """Returns the weights `[L]` for finite losses `[L]`."""
+        if losses.shape[0] == 1:
+            return ops.ones_like(losses)
+        # The maximum goes first: a large loss over a small temperature would overflow.
+        return ops.softmax((losses - ops.max(losses)) / self.temperature, axis=-1)
+
+    def get_config(self):
+        """Returns the arguments that rebuild this strategy."""
+        return {**super().get_config(), "temperature": self.temperature}
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class Proportional(Weighting):
+    """`losses / Σ losses`: larger loss, larger weight, whatever the losses' scale."""
+
+    def call(self, losses):
+        """Returns the weights `[L]` for finite losses `[L]`."""
+        # Rounding can leave a divergence of equals slightly below zero.
+        losses = ops.maximum(losses, 0.0)
+        largest = ops.max(losses)
+        # Over the largest first: a sum of large losses would overflow.
+        shares = ops.where(
+            largest > 0, losses / ops.where(largest > 0, largest, 1.0), ops.ones_like(losses)
+        )
+        return shares / ops.sum(shares)
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class Inverse(Weighting):
+    """`(1 − softmax(losses)) / (L − 1)`: smaller loss, larger weight.
+
+    The form that CA-MKD (Zhang, Chen, Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation",
+    equation 4) gives to several teachers.
+    """
+
+    def call(self, losses):
+        """Returns the weights `[L]` for finite losses `[L]`."""
+        layers = losses.shape[0]
+        if layers == 1:
+            return ops.ones_like(losses)
+        return (1.0 - ops.softmax(losses, axis=-1)) / (layers - 1)
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class Uniform(Weighting):
+    """`1 / L`: the baseline of an ablation."""
+
+    def call(self, losses):
+        """Returns the weights `[L]` for finite losses `[L]`."""
+        return ops.ones_like(losses) / losses.shape[0]
+
+
+_STRATEGIES = {
+    "softmax": Softmax,
+    "proportional": Proportional,
+    "inverse": Inverse,
+    "uniform": Uniform,
+}
+
+
+def names():
+    """Returns the names of the built-in strategies."""
+    return list(_STRATEGIES)
+
+
+def get(identifier):
+    """Returns the weighting strategy for a name, a configuration or an object.
+
+    Args:
+        identifier: A name (`"softmax"`, `"proportional"`, `"inverse"`, `"uniform"`), what
+            `keras.saving.serialize_keras_object` made of a strategy, or a `Weighting`.
+
+    Returns:
+        A `Weighting`: a new one, or the object given.
+
+    Raises:
+        InputError: The name is unknown, or the object is no `Weighting`.
+    """
+    if isinstance(identifier, Weighting):
+        return identifier
+    if isinstance(identifier, str):
+        if identifier not in _STRATEGIES:
+            raise unknown_name("weighting", identifier, _STRATEGIES)
+        return _STRATEGIES[identifier]()
+    if isinstance(identifier, dict):
+        strategy = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(strategy, Weighting):
+            return strategy
+    raise InputError(
+        f"weighting should be one of {', '.join(_STRATEGIES)}, a configuration or a "
+        f"dskd_keras.weighting.Weighting. Received: {identifier!r}."
+    )

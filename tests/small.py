@@ -1,0 +1,51 @@
+"""Models small enough that a test takes milliseconds, and data for them."""
+
+import keras
+import numpy as np
+from keras import layers
+
+CLASSES = 3
+
+
+def convnet(name, width=4, batch_norm=True, regularizer=None, size=8, classes=CLASSES):
+    """Two stages of convolution, `stage1` at full size and `stage2` at half, and `logits`."""
+    inputs = x = keras.Input((size, size, 2))
+    for stage, stride in ((1, 1), (2, 2)):
+        x = layers.Conv2D(
+            width * stage,
+            3,
+            strides=stride,
+            padding="same",
+            kernel_regularizer=regularizer,
+            data_format="channels_last",
+            name=f"stage{stage}_conv",
+        )(x)
+        if batch_norm:
+            x = layers.BatchNormalization(name=f"stage{stage}_bn")(x)
+        x = layers.ReLU(name=f"stage{stage}")(x)
+    x = layers.GlobalAveragePooling2D(name="pool", data_format="channels_last")(x)
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name=name)
+
+
+def images(count=12, size=8, seed=0):
+    """`(x, y)`: float32 `[count, size, size, 2]` and int32 `[count]`."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, size, size, 2)).astype("float32")
+    return x, rng.integers(0, CLASSES, count).astype("int32")
+
+
+def crossentropy():
+    """The label loss of all tests."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def values(variables):
+    """The variables' values, copied."""
+    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def assert_same_bits(before, after):
+    """Fails unless the two lists of arrays are equal, bit by bit."""
+    assert len(before) == len(after)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,558 @@
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import small
+
+import dskd_keras
+
+BACKEND = keras.backend.backend()
+LAYERS = ["stage1", "stage2"]
+
+
+def make(layers=LAYERS, optimizer=None, compile_options=None, **options):
+    distiller = dskd_keras.Distiller(
+        small.convnet("teacher", width=5), small.convnet("student"), layers, **options
+    )
+    distiller.compile(
+        optimizer or keras.optimizers.SGD(0.05, momentum=0.9),
+        loss=small.crossentropy(),
+        **{"metrics": ["accuracy"], **(compile_options or {})},
+    )
+    return distiller
+
+
+def test_logs_of_fit_and_evaluate():
+    x, y = small.images()
+    distiller = make()
+    history = distiller.fit(x, y, validation_data=(x, y), epochs=2, batch_size=4, verbose=0).history
+    layerwise = {
+        f"deep_{kind}_{what}/{layer}"
+        for kind in ("prediction", "feature")
+        for what in ("loss", "allocation")
+        for layer in LAYERS
+    }
+    assert set(history) == layerwise | {
+        "loss", "label_loss", "prediction_loss", "accuracy", "val_loss", "val_accuracy",
+    }  # fmt: skip
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in history.values())
+    for kind in ("prediction", "feature"):
+        shares = [history[f"deep_{kind}_allocation/{layer}"] for layer in LAYERS]
+        np.testing.assert_allclose(np.sum(shares, axis=0), 1.0, rtol=1e-6)
+    results = distiller.evaluate(x, y, verbose=0, return_dict=True)
+    assert set(results) == {"loss", "accuracy"}
+    logits = distiller.predict(x, verbose=0)
+    assert results["loss"] == pytest.approx(float(small.crossentropy()(y, logits)), rel=1e-5)
+    assert results["accuracy"] == pytest.approx((logits.argmax(-1) == y).mean())
+
+
+def test_epoch_logs_are_means_over_images_not_over_batches():
+    x, y = small.images(5)
+    distiller = make(optimizer=keras.optimizers.SGD(0.0))
+    parts = ((0, 4), (4, 5))  # a mean over batches would count the last image four times
+    of_batches = []
+    for i, j in parts:
+        distiller.reset_metrics()
+        logs = distiller.train_on_batch(x[i:j], y[i:j], return_dict=True)
+        of_batches.append(float(logs["label_loss"]))
+    logs = distiller.fit(x, y, batch_size=4, shuffle=False, verbose=0).history
+    expected = (4 * of_batches[0] + of_batches[1]) / 5
+    assert logs["label_loss"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluate_and_predict_change_no_variable():
+    x, y = small.images()
+    distiller = make()
+    distiller.fit(x, y, verbose=0)
+    everything = distiller.weights + distiller.teacher.variables
+    before = small.values(everything)
+    distiller.evaluate(x, y, verbose=0)
+    distiller.predict(x, verbose=0)
+    distiller(x)
+    small.assert_same_bits(before, small.values(everything))
+
+
+def test_teacher_keeps_its_bits():
+    x, y = small.images()
+    distiller = make()
+    distiller.trainable = False
+    distiller.trainable = True  # thaws the student, not the teacher
+    distiller.compile("adam", loss=small.crossentropy())
+    before = small.values(distiller.teacher.variables)
+    student = small.values(distiller.student.variables)
+    distiller.fit(x, y, epochs=2, verbose=0)
+    assert not distiller.teacher.model.trainable_variables
+    small.assert_same_bits(before, small.values(distiller.teacher.variables))
+    assert any(
+        (a != b).any()
+        for a, b in zip(student, small.values(distiller.student.variables), strict=True)
+    )
+
+
+class Counter(keras.layers.Layer):
+    """Counts how often it is run."""
+
+    calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x
+
+
+def counted(name):
+    inputs = keras.Input((8, 8, 2))
+    counter = Counter(name="counter")
+    x = counter(inputs)
+    x = keras.layers.Conv2D(4, 3, name="stage1", data_format="channels_last")(x)
+    x = keras.layers.GlobalAveragePooling2D(data_format="channels_last")(x)
+    return keras.Model(inputs, keras.layers.Dense(small.CLASSES)(x), name=name), counter
+
+
+def test_student_and_teacher_run_once_a_step():
+    (teacher, of_teacher), (student, of_student) = counted("teacher"), counted("student")
+    distiller = dskd_keras.Distiller(teacher, student, ["stage1"])
+    distiller.compile("sgd", loss=small.crossentropy(), run_eagerly=True)
+    x, y = small.images(4)
+    distiller.train_on_batch(x, y)  # builds, which runs models symbolically
+    of_teacher.calls = of_student.calls = 0
+    distiller.train_on_batch(x, y)
+    assert (of_teacher.calls, of_student.calls) == (1, 1)
+    of_teacher.calls = of_student.calls = 0
+    distiller.test_on_batch(x, y)
+    assert (of_teacher.calls, of_student.calls) == (0, 1)
+
+
+def convolutions(model):
+    """How many convolutions a forward pass of the model takes."""
+    kinds = {"Conv2D": 1, "SeparableConv2D": 2}
+    return sum(kinds.get(type(layer).__name__, 0) for layer in model.layers)
+
+
+def convolutions_in_step(distiller, x, y):
+    """How many forward convolutions the backend's training step holds."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(distiller.train_step).get_concrete_function(
+            (tf.TensorSpec(x.shape, "float32"), tf.TensorSpec(y.shape, "int32"))
+        )
+        kinds = [operation.type for operation in step.graph.get_operations()]
+        return sum(kind in ("Conv2D", "DepthwiseConv2dNative") for kind in kinds)
+    if BACKEND == "jax":
+        import jax
+
+        state = distiller._get_jax_state(
+            trainable_variables=True,
+            non_trainable_variables=True,
+            optimizer_variables=True,
+            metrics_variables=True,
+        )
+        jaxpr = jax.make_jaxpr(distiller.train_step)(state, (x, y))
+        forward_and_backward = str(jaxpr).count("conv_general_dilated[")
+        # Each convolution of the student's is differentiated in its kernel and in its input, the
+        # first one in its kernel alone.
+        backward = 2 * convolutions(distiller.student_with_heads) - 1
+        return forward_and_backward - backward
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        forward = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.forward += "convolution.default" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    with Count() as count:
+        distiller.train_step((keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)))
+    return count.forward
+
+
+def test_compiled_step_holds_one_forward_of_student_and_of_teacher():
+    x, y = small.images(4)
+    distiller = make()
+    distiller.train_on_batch(x, y)
+    expected = convolutions(distiller.teacher.model) + convolutions(distiller.student_with_heads)
+    assert convolutions(distiller.teacher.model) == convolutions(distiller.student) == 2
+    assert convolutions_in_step(distiller, x, y) == expected
+
+
+def train(options, x, y, **fit):
+    keras.utils.set_random_seed(3)
+    distiller = make(compile_options=options)
+    history = distiller.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0, **fit)
+    return history.history, small.values(distiller.student.weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"run_eagerly": True},
+        pytest.param(
+            {"jit_compile": True},
+            marks=pytest.mark.skipif(BACKEND == "torch", reason="takes minutes to compile"),
+        ),
+        pytest.param(
+            {"steps_per_execution": 3},
+            marks=pytest.mark.skipif(BACKEND == "torch", reason="Keras has none on PyTorch"),
+        ),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_of_running_the_step_give_the_same_numbers(options):
+    x, y = small.images()
+    plain, weights = train({}, x, y)
+    other, other_weights = train(options, x, y)
+    assert set(plain) == set(other)
+    for name, value in plain.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    for a, b in zip(weights, other_weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_accumulation_equals_one_large_batch():
+    x, y = small.images(8)
+    results = []
+    for batch_size, steps in ((8, None), (4, 2)):
+        keras.utils.set_random_seed(4)
+        distiller = dskd_keras.Distiller(
+            small.convnet("teacher"), small.convnet("student", batch_norm=False)
+        )
+        optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps)
+        distiller.compile(optimizer, loss=small.crossentropy())
+        distiller.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+        results.append(small.values(distiller.student.weights))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_callbacks_checkpoint_and_restore_without_the_teacher(tmp_path):
+    x, y = small.images()
+    distiller = make()
+    path = tmp_path / "last.weights.h5"
+    by_epoch = []
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(path, save_weights_only=True),
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: by_epoch.append(distiller.student.get_weights())
+        ),
+        # A loss that should rise: it stops after the second epoch and goes back to the first.
+        keras.callbacks.EarlyStopping(monitor="loss", mode="max", restore_best_weights=True),
+        keras.callbacks.CSVLogger(tmp_path / "history.csv"),
+    ]
+    distiller.fit(
+        x, y, validation_data=(x, y), epochs=5, batch_size=4, callbacks=callbacks, verbose=0
+    )
+    logged = (tmp_path / "history.csv").read_text().splitlines()
+    assert len(logged) == 3 and "deep_feature_allocation/stage1" in logged[0]
+    small.assert_same_bits(by_epoch[0], distiller.student.get_weights())
+    distiller.load_weights(path)
+    small.assert_same_bits(by_epoch[1], distiller.student.get_weights())
+
+    own = sum(w.size for w in distiller.get_weights())
+    students = sum(w.size for w in distiller.student.get_weights())
+    head = sum(w.size for w in distiller.student_with_heads.get_weights())
+    assert own == head > students
+    import h5py
+
+    sizes = []
+    with h5py.File(path) as file:
+        file.visititems(lambda _, item: sizes.append(getattr(item, "size", 0)))
+    optimizer = sum(np.size(v) for v in small.values(distiller.optimizer.variables))
+    metrics = sum(np.size(v) for v in small.values(distiller.metrics_variables))
+    assert sum(sizes) <= own + optimizer + metrics + 2
+
+
+def test_round_trip_of_the_whole_distiller(tmp_path):
+    x, y = small.images()
+    distiller = make(temperature=2.5, deep_feature_weight=3.0, weighting="proportional")
+    distiller.fit(x, y, verbose=0)
+    distiller.save(tmp_path / "distiller.keras")
+    loaded = keras.models.load_model(tmp_path / "distiller.keras")
+    assert json.dumps(loaded.get_config()) == json.dumps(distiller.get_config())
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), distiller.predict(x, verbose=0))
+    small.assert_same_bits(
+        small.values(loaded.teacher.variables), small.values(distiller.teacher.variables)
+    )
+    # Training goes on as if nothing had happened: heads, optimizer and compiled loss are there.
+    histories = [d.fit(x, y, shuffle=False, verbose=0).history for d in (distiller, loaded)]
+    for name, value in histories[0].items():
+        assert histories[1][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_saved_student_loads_without_dskd_keras(tmp_path):
+    x, y = small.images()
+    distiller = make()
+    distiller.fit(x, y, verbose=0)
+    distiller.student.save(tmp_path / "student.keras")
+    np.save(tmp_path / "x.npy", x)
+    names = zipfile.ZipFile(tmp_path / "student.keras").read("config.json").decode()
+    assert "dskd" not in names and "head_" not in names
+    script = (
+        "import sys; sys.modules['dskd_keras'] = None\n"
+        "import keras, numpy as np\n"
+        "model = keras.models.load_model('student.keras')\n"
+        "np.save('y.npy', model.predict(np.load('x.npy'), verbose=0))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        check=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    np.testing.assert_allclose(
+        np.load(tmp_path / "y.npy"), distiller.predict(x, verbose=0), atol=1e-6
+    )
+
+
+def test_only_the_students_regularisers_count():
+    x, y = small.images(4)
+    l2 = keras.regularizers.L2(0.1)
+    expected = []
+    losses = []
+    for of_student, of_teacher in ((None, None), (l2, None), (l2, l2)):
+        keras.utils.set_random_seed(5)
+        student = small.convnet("student", regularizer=of_student)
+        teacher = small.convnet("teacher", regularizer=of_teacher)
+        distiller = dskd_keras.Distiller(teacher, student, ["stage1"])
+        distiller.compile(keras.optimizers.SGD(0.0), loss=small.crossentropy())
+        kernels = [layer.kernel for layer in student.layers if layer.name.endswith("conv")]
+        expected.append(sum(0.1 * float(np.square(k).sum()) for k in small.values(kernels)))
+        losses.append(float(distiller.train_on_batch(x, y, return_dict=True)["loss"]))
+    assert expected[1] > 0.1
+    assert losses[1] - losses[0] == pytest.approx(expected[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_without_a_teacher_it_is_ordinary_training():
+    x, y = small.images()
+    results = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(6)
+        student = small.convnet("student")
+        model = dskd_keras.Distiller(None, student, prediction_weight=0) if wrap else student
+        model.compile(keras.optimizers.SGD(0.1), loss=small.crossentropy(), metrics=["accuracy"])
+        history = model.fit(x, y, validation_data=(x, y), shuffle=False, verbose=0).history
+        results.append((history, small.values(student.weights)))
+    (plain, plain_weights), (wrapped, wrapped_weights) = results
+    for name, value in plain.items():
+        assert wrapped[name] == pytest.approx(value, rel=1e-5)
+    for a, b in zip(plain_weights, wrapped_weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_that_no_term_needs_is_not_run():
+    (teacher, of_teacher), (student, _) = counted("teacher"), counted("student")
+    distiller = dskd_keras.Distiller(teacher, student, ["stage1"], prediction_weight=0,
+                                     deep_prediction_weight=0, deep_feature_weight=0)  # fmt: skip
+    distiller.compile("sgd", loss=small.crossentropy())
+    of_teacher.calls = 0
+    distiller.fit(*small.images(), verbose=0)
+    assert of_teacher.calls == 0 and distiller.teacher is None
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_targets_computed_beforehand_train_as_a_live_teacher_does(labels):
+    x, y = small.images()
+    results = []
+    for beforehand in (False, True):
+        keras.utils.set_random_seed(7)
+        (teacher, of_teacher), (student, _) = counted("teacher"), counted("student")
+        distiller = dskd_keras.Distiller(teacher, student, ["stage1"], label_weight=float(labels))
+        distiller.compile(keras.optimizers.SGD(0.1), loss=small.crossentropy() if labels else None)
+        given = y if labels else None
+        targets = distiller.targets(x, given) if beforehand else given
+        of_teacher.calls = 0
+        history = distiller.fit(
+            x, targets, batch_size=4, shuffle=False, epochs=2, verbose=0
+        ).history
+        if beforehand:
+            assert of_teacher.calls == 0
+        results.append((history, small.values(student.weights)))
+    for name, value in results[0][0].items():
+        np.testing.assert_allclose(results[1][0][name], value, rtol=1e-4)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_pass_through_validation_and_streams():
+    x, y = small.images()
+    distiller = make()
+    targets = distiller.targets(x, y)
+
+    class Stream(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            part = slice(4 * index, 4 * index + 4)
+            return x[part], keras.tree.map_structure(lambda array: array[part], targets)
+
+    history = distiller.fit(Stream(), validation_data=(x, targets), verbose=0).history
+    assert history["val_loss"][0] == pytest.approx(
+        distiller.evaluate(x, y, verbose=0, return_dict=True)["loss"], rel=1e-5
+    )
+
+
+@keras.saving.register_keras_serializable("tests")
+class MovingAverage(dskd_keras.weighting.Weighting):
+    def build(self, shape):
+        self.average = self.add_weight(shape=shape, initializer="zeros", trainable=False)
+
+    def call(self, losses):
+        self.average.assign(0.5 * self.average + 0.5 * losses)
+        return self.average / keras.ops.sum(self.average)
+
+
+def test_a_strategy_with_a_state_is_kept_and_saved(tmp_path):
+    x, y = small.images(4)
+    distiller = make(weighting=MovingAverage(), optimizer=keras.optimizers.SGD(0.0))
+    logs = [distiller.train_on_batch(x, y, return_dict=True) for _ in range(2)]
+    state = small.values([distiller.prediction_weighting.average])[0]
+    of_layers = [float(logs[0][f"deep_prediction_loss/{layer}"]) for layer in LAYERS]
+    np.testing.assert_allclose(state, 0.75 * np.array(of_layers), rtol=1e-3)
+    assert not np.allclose(state, small.values([distiller.feature_weighting.average])[0])
+    distiller.save_weights(tmp_path / "w.weights.h5")
+    other = make(weighting=MovingAverage())
+    other.load_weights(tmp_path / "w.weights.h5")
+    np.testing.assert_array_equal(small.values([other.prediction_weighting.average])[0], state)
+
+
+def test_half_precision_student_gets_loss_scaling_and_full_precision_losses():
+    x, y = small.images(4)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        student = small.convnet("student")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    distiller = dskd_keras.Distiller(small.convnet("teacher"), student, LAYERS)
+    distiller.compile("sgd", loss=small.crossentropy())
+    assert isinstance(distiller.optimizer, keras.optimizers.LossScaleOptimizer)
+    outputs = distiller(x, training=True)
+    assert keras.backend.standardize_dtype(outputs.deep_features["stage1"].dtype) == "float16"
+    before = small.values(student.trainable_variables)
+    history = distiller.fit(x, y, verbose=0).history
+    assert all(np.isfinite(values).all() for values in history.values())
+    after = small.values(student.trainable_variables)
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def test_two_distillers_of_one_student():
+    x, y = small.images(4)
+    teacher, student = small.convnet("teacher"), small.convnet("student")
+    for layers in (["stage1"], LAYERS):
+        distiller = dskd_keras.Distiller(teacher, student, layers)
+        distiller.compile("sgd", loss=small.crossentropy())
+        distiller.fit(x, y, verbose=0)
+    assert student.get_layer("stage1").output.shape == (None, 8, 8, 4)
+
+
+def test_progress_bar_leaves_out_single_layers(capsys):
+    make().fit(*small.images(), verbose=2)
+    line = capsys.readouterr().out
+    assert "prediction_loss" in line and "accuracy" in line and "stage1" not in line
+
+
+BAD = [
+    ({"temperature": 0.0}, "temperature should be a positive number. Received: 0.0."),
+    ({"temperature": float("nan")}, "temperature should be a positive"),
+    ({"label_weight": -1.0}, "label_weight should be a finite number that is not negative"),
+    ({"deep_feature_weight": float("inf")}, "deep_feature_weight should be a finite number"),
+    ({"weighting": "sofmax"}, "weighting: unknown name 'sofmax'. Did you mean 'softmax'"),
+    ({"weighting": 3}, "weighting should be one of softmax, proportional"),
+    ({"student_layers": ["stage11"]}, "student_layers: unknown name 'stage11'. Did you mean"),
+    ({"student_layers": ["stage1", "stage1"]}, "student_layers names a layer twice"),
+    ({"teacher_layer": "stge2"}, "teacher_layer: unknown name 'stge2'. Did you mean 'stage2'"),
+    ({"teacher": None}, "teacher: None, but"),
+    ({"teacher": "resnet56"}, "teacher should be a keras.Model. Received: str"),
+    (
+        {"label_weight": 0, "prediction_weight": 0, "student_layers": []},
+        "leave no term: at least one",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_settings(options, message):
+    models = {"teacher": small.convnet("teacher"), "student": small.convnet("student")}
+    with pytest.raises(dskd_keras.InputError) as error:
+        dskd_keras.Distiller(**{**models, "student_layers": ["stage1"], **options})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def softmax_ending(as_layer):
+    inputs = keras.Input((8, 8, 2))
+    x = keras.layers.Flatten()(inputs)
+    if as_layer:
+        x = keras.layers.Softmax(name="end")(keras.layers.Dense(3)(x))
+    else:
+        x = keras.layers.Dense(3, activation="softmax", name="end")(x)
+    return keras.Model(inputs, x, name="ending")
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+def test_bad_models():
+    good = small.convnet("good")
+    cases = [
+        (Subclassed(), good, "teacher: Subclassed 'subclassed' has no graph of layers"),
+        (good, keras.Sequential([keras.layers.Dense(3)], name="s"), "begins with keras.Input"),
+        (softmax_ending(False), good, "teacher ends in a softmax (layer 'end')"),
+        (good, softmax_ending(True), "student ends in a softmax (layer 'end')"),
+        (small.convnet("ten", classes=10), good, "teacher 'ten' gives 10 logits, student 'good' 3"),
+        (small.convnet("big", size=16), good, "takes (16, 16, 2), student 'good' (8, 8, 2)"),
+        (keras.Model(good.inputs, good.get_layer("stage1").output), good, "logits [B, C] alone"),
+        (good, good, "share the weights of layer 'stage1_conv'"),
+    ]
+    for teacher, student, message in cases:
+        with pytest.raises(dskd_keras.InputError) as error:
+            dskd_keras.Distiller(teacher, student)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    # The advice that the message gives is right.
+    ending = softmax_ending(False)
+    ending.get_layer("end").activation = keras.activations.linear
+    dskd_keras.Distiller(ending, good)
+    ending = softmax_ending(True)
+    dskd_keras.Distiller(keras.Model(ending.input, ending.get_layer("end").input), good)
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        ("sparse_categorical_crossentropy", "expects probabilities, but the student gives logits"),
+        (keras.losses.CategoricalCrossentropy(), "expects probabilities"),
+        (None, "loss: None, but label_weight=1.0 needs one"),
+        (
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum"),
+            "reduction='sum', but every term",
+        ),
+        (lambda y, z: keras.ops.mean(z), "gives one value for the whole batch"),
+    ],
+)
+def test_bad_losses(loss, message):
+    distiller = dskd_keras.Distiller(small.convnet("teacher"), small.convnet("student"))
+    distiller.compile("sgd", loss=loss)
+    with pytest.raises(dskd_keras.InputError, match=message):
+        distiller.fit(*small.images(), verbose=0)
+
+
+def test_bad_labels():
+    x, y = small.images(4)
+    distiller = make()
+    with pytest.raises(dskd_keras.InputError, match="label 3 is outside the student's 3 classes"):
+        distiller.fit(x, y * 0 + 3, verbose=0)
+    with pytest.raises(dskd_keras.InputError, match="label -1 is outside"):
+        distiller.fit(x, y * 0 - 1, verbose=0)
+    with pytest.raises(dskd_keras.InputError, match=r"Targets without the teacher's features"):
+        distiller.fit(x, dskd_keras.Targets(y, {"logits": np.zeros((4, 3))}), verbose=0)
+    distiller = make(compile_options={"metrics": []})
+    with pytest.raises(dskd_keras.InputError, match=r"no labels, but label_weight=1.0 needs them"):
+        distiller.fit(x, verbose=0)
