@@ -1,0 +1,181 @@
+"""Arrays of images: where they live, how they are divided, and what their channels average to."""
+
+import math
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from dskd_keras.errors import InputError
+
+# Every split is made with this seed and not with a run's: a teacher and all seeds of its students
+# must be trained and tested on the same images.
+SPLIT_SEED = 0
+HELD_OUT = 0.2
+IN_MEMORY_BYTES = 4 * 2**30
+_CHUNK_BYTES = 64 * 2**20
+
+
+def allocate_images(shape):
+    """Returns a zeroed uint8 array, on disk where it would take more than 4 GiB of memory.
+
+    Args:
+        shape: `(N, H, W, C)`.
+
+    Returns:
+        `np.ndarray` uint8. A large one is backed by a temporary file that has no name any more, so
+        it disappears with the array, even where the process is killed.
+
+    Raises:
+        InputError: Where the temporary folder has no room for it.
+    """
+    size = math.prod(shape)
+    if size <= IN_MEMORY_BYTES:
+        return np.zeros(shape, np.uint8)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    # The file is sparse: without this check a full disk kills the process when a page is written.
+    if size > free:
+        raise InputError(
+            f"dataset: its images take {size / 2**30:.1f} GiB and the temporary folder {folder} has"
+            f" {free / 2**30:.1f} GiB free; set TMPDIR to a larger one or use a smaller image_size."
+        )
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=tuple(shape)).view(np.ndarray)
+
+
+def take(images, indices):
+    """Returns `images[indices]`, on disk where the result is large.
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+        indices: int `[M]`.
+
+    Returns:
+        uint8 `[M, H, W, C]`, never a view of `images`.
+    """
+    taken = allocate_images((len(indices), *images.shape[1:]))
+    for part in chunks(taken):
+        taken[part] = images[indices[part]]
+    return taken
+
+
+def resize(images, size):
+    """Returns the images at `size` × `size`, bilinear and antialiased, with Pillow.
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+        size: The new height and width, in pixels.
+
+    Returns:
+        uint8 `[N, size, size, C]`.
+    """
+    from PIL import Image
+
+    if images.shape[1:3] == (size, size):
+        return images
+    resized = allocate_images((len(images), size, size, images.shape[3]))
+
+    def resize_one(index):
+        for channel in range(images.shape[3]):
+            image = Image.fromarray(np.ascontiguousarray(images[index, :, :, channel]))
+            resized[index, :, :, channel] = image.resize((size, size), Image.Resampling.BILINEAR)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(resize_one, range(len(images))):
+            pass
+    return resized
+
+
+def stratified_split(labels, count, field):
+    """Divides the indices of `labels` so that both parts have the same mix of classes.
+
+    Args:
+        labels: int `[N]`.
+        count: How many indices the second part holds.
+        field: The setting that asked for the split, for the error.
+
+    Returns:
+        `(rest, chosen)`: sorted int64 arrays of `N - count` and `count` indices, the same in every
+        call. A class of a single image stays in `rest`. Where `count` is smaller than the number
+        of classes the choice is random, since there is no mix of classes to keep.
+
+    Raises:
+        InputError: Where `rest` would have fewer images than there are classes.
+    """
+    from sklearn.model_selection import train_test_split
+
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    divisible = np.flatnonzero(sizes[inverse] > 1)
+    num_classes = int(np.count_nonzero(sizes > 1))
+    most = len(divisible) - num_classes
+    if not 1 <= count <= most:
+        raise InputError(
+            f"{field}: can't set {count} of {len(labels)} images of {len(sizes)} classes apart;"
+            f" between 1 and {most} images leave one image a class."
+        )
+    _, chosen = train_test_split(
+        divisible,
+        test_size=count,
+        random_state=SPLIT_SEED,
+        stratify=labels[divisible] if count >= num_classes else None,
+    )
+    chosen = np.sort(chosen)
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def hold_out(labels):
+    """Sets 20 % of the images apart as a test set, and at least one image a class.
+
+    Args:
+        labels: int `[N]`.
+
+    Returns:
+        `(train, test, note)`: two sorted index arrays, and the sentence that tells the user.
+    """
+    count = max(round(HELD_OUT * len(labels)), len(np.unique(labels)))
+    train, test = stratified_split(labels, count, "dataset")
+    note = f"no test split: {len(test)} of {len(labels)} images are held out as the test set"
+    return train, test, note
+
+
+def channel_statistics(images):
+    """Returns the mean and the standard deviation of each channel, of pixels in [0, 1].
+
+    Counts how often each of the 256 values occurs and sums in integers: this needs no float copy
+    of the images, and the result, which enters a teacher's fingerprint, is the same on every
+    machine.
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+
+    Returns:
+        Two tuples of C floats. The standard deviation of a constant channel is given as 1, so that
+        dividing by it leaves zeros.
+    """
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for part in chunks(images):
+        pixels = images[part].reshape(-1, channels)
+        for channel in range(channels):
+            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
+    means, deviations = [], []
+    for of_channel in counts.tolist():
+        number = sum(of_channel)
+        total = sum(value * count for value, count in enumerate(of_channel))
+        squares = sum(value**2 * count for value, count in enumerate(of_channel))
+        means.append(total / (255 * number))
+        variance = (number * squares - total**2) / (255 * number) ** 2
+        deviations.append(math.sqrt(variance) or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def chunks(images):
+    """Returns slices that divide `images` into parts of at most 64 MiB (or one image).
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+    """
+    step = max(1, _CHUNK_BYTES // max(1, math.prod(images.shape[1:])))
+    return [slice(start, start + step) for start in range(0, len(images), step)]

@@ -1,0 +1,238 @@
+"""Batches for training, augmented anew each epoch, and for evaluation."""
+
+import math
+
+import keras
+import numpy as np
+
+from dskd_keras.data.dataset import AUGMENTATIONS
+from dskd_keras.errors import InputError, unknown_name
+
+PADDING = 4
+
+
+def normalize(images, mean, std):
+    """Returns `(images / 255 - mean) / std`.
+
+    Args:
+        images: uint8 `[..., H, W, C]`.
+        mean: C floats, of pixels in [0, 1].
+        std: C floats, of pixels in [0, 1].
+
+    Returns:
+        float32 of the shape of `images`.
+    """
+    std = np.asarray(std, np.float64)
+    scale = 1 / (255 * std)
+    offset = -np.asarray(mean, np.float64) / std
+    # A whole image row at once: NumPy's broadcast over three channels takes many times as long.
+    width = images.shape[-2]
+    rows = images.reshape(*images.shape[:-2], -1).astype(np.float32)
+    rows *= np.tile(scale, width).astype(np.float32)
+    rows += np.tile(offset, width).astype(np.float32)
+    return rows.reshape(images.shape)
+
+
+def random_crop(images, rng):
+    """Pads each image with 4 black pixels on every side and cuts a window out, one for each image.
+
+    Args:
+        images: uint8 `[B, H, W, C]`.
+        rng: `np.random.Generator`.
+
+    Returns:
+        uint8 `[B, H, W, C]`.
+    """
+    batch, height, width, channels = images.shape
+    padded = np.zeros((batch, height + 2 * PADDING, (width + 2 * PADDING) * channels), images.dtype)
+    padded[:, PADDING : PADDING + height, PADDING * channels : (PADDING + width) * channels] = (
+        images.reshape(batch, height, -1)
+    )
+    top, left = rng.integers(0, 2 * PADDING + 1, size=(2, batch))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, (height, width * channels), axis=(1, 2)
+    )
+    return windows[np.arange(batch), top, left * channels].reshape(images.shape)
+
+
+def random_flip(images, rng):
+    """Mirrors each image left to right with probability ½.
+
+    Args:
+        images: uint8 `[B, H, W, C]`, contiguous. Changed in place.
+        rng: `np.random.Generator`.
+
+    Returns:
+        `images`.
+    """
+    flipped = rng.random(len(images)) < 0.5
+    # Pixels as single items: reversing an axis of three-byte rows takes twice as long.
+    pixels = images.view(f"V{images.shape[-1]}")[..., 0]
+    pixels[flipped] = pixels[flipped, :, ::-1]
+    return images
+
+
+class TrainingBatches(keras.utils.PyDataset):
+    """Shuffled and augmented batches without end, each a pure function of its place.
+
+    Keras calls `on_epoch_begin` a different number of times on each backend, and fetches batches of
+    the next epoch before this one ends. So nothing here counts: batch `index` belongs to epoch
+    `first_epoch + index // steps_per_epoch`, and its images, crops and flips follow from the seed,
+    the epoch and the step alone. A run that is resumed with `first_epoch` sees what the
+    uninterrupted run would have seen. Use it as
+
+    ```python
+    batches = TrainingBatches(x, y, batch_size=64, seed=0, mean=mean, std=std)
+    model.fit(batches, steps_per_epoch=batches.steps_per_epoch, epochs=240, shuffle=False)
+    ```
+
+    Each epoch visits every image once; its last batch is smaller where the batch size doesn't
+    divide the number of images.
+
+    There is no `workers` to set: with more than one, Keras's queue goes on counting after the batch
+    by which it builds a model on JAX and PyTorch, and training starts at the second batch.
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+        labels: int `[N]`.
+        batch_size: Images a batch.
+        seed: Non-negative integer.
+        mean: C floats, of pixels in [0, 1].
+        std: C floats, of pixels in [0, 1].
+        augmentation: `"crop_flip"` (each image is padded with 4 black pixels, cropped and mirrored
+            at random, as is usual for CIFAR), `"crop"` or `"none"`. Defaults to `"crop_flip"`.
+        first_epoch: The epoch of batch 0, counted from 0: the `initial_epoch` of `fit`.
+
+    Raises:
+        InputError: Where an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        images,
+        labels,
+        batch_size,
+        seed,
+        mean,
+        std,
+        augmentation="crop_flip",
+        first_epoch=0,
+    ):
+        super().__init__(workers=1)
+        _check(images, labels, batch_size)
+        if augmentation not in AUGMENTATIONS:
+            raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+        for field, value in (("seed", seed), ("first_epoch", first_epoch)):
+            if value < 0:
+                raise InputError(f"{field}: {value} should be 0 or more.")
+        self.images = images
+        self.labels = labels.astype(np.int32)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.mean = mean
+        self.std = std
+        self.augmentation = augmentation
+        self.first_epoch = first_epoch
+        self._order = (None, None)
+
+    @property
+    def num_batches(self):
+        """`None`: Keras then reads on from epoch to epoch instead of starting again at batch 0."""
+        return None
+
+    @property
+    def steps_per_epoch(self):
+        """Batches in an epoch, the smaller last one included."""
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __getitem__(self, index):
+        """Returns batch `index`, counted from the start of `first_epoch`.
+
+        Args:
+            index: Non-negative integer.
+
+        Returns:
+            `(x, y)`: float32 `[B, H, W, C]`, or `[B, C, H, W]` where Keras's image data format is
+            `"channels_first"`, and int32 `[B]`.
+        """
+        epoch, step = divmod(index, self.steps_per_epoch)
+        epoch += self.first_epoch
+        start = step * self.batch_size
+        chosen = self._permutation(epoch)[start : start + self.batch_size]
+        images = self.images[chosen]
+        rng = np.random.default_rng([self.seed, epoch, step + 1])
+        if self.augmentation != "none":
+            images = random_crop(images, rng)
+        if self.augmentation == "crop_flip":
+            images = random_flip(images, rng)
+        return _to_input(images, self.mean, self.std), self.labels[chosen]
+
+    def _permutation(self, epoch):
+        # One tuple, read once and replaced whole: several threads may be here, in two epochs.
+        known, order = self._order
+        if known != epoch:
+            order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.images))
+            self._order = (epoch, order)
+        return order
+
+
+class EvaluationBatches(keras.utils.PyDataset):
+    """Batches in order, each image once and as it is.
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+        labels: int `[N]`.
+        batch_size: Images a batch; the last one may be smaller.
+        mean: C floats, of pixels in [0, 1].
+        std: C floats, of pixels in [0, 1].
+
+    Raises:
+        InputError: Where an argument is out of its range.
+    """
+
+    def __init__(self, images, labels, batch_size, mean, std):
+        super().__init__(workers=1)
+        _check(images, labels, batch_size)
+        self.images = images
+        self.labels = labels.astype(np.int32)
+        self.batch_size = batch_size
+        self.mean = mean
+        self.std = std
+
+    @property
+    def num_batches(self):
+        """Batches in one pass, the smaller last one included."""
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __getitem__(self, index):
+        """Returns batch `index` of one pass.
+
+        Args:
+            index: Integer in `[0, num_batches)`.
+
+        Returns:
+            `(x, y)` as `TrainingBatches` gives them.
+        """
+        if not 0 <= index < self.num_batches:
+            raise IndexError(f"batch {index} of {self.num_batches}")
+        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return _to_input(self.images[part], self.mean, self.std), self.labels[part]
+
+
+def _check(images, labels, batch_size):
+    if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
+        raise InputError(
+            f"images: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C], N above"
+            " 0, and uint8."
+        )
+    if labels.shape != (len(images),):
+        raise InputError(f"labels: shape {labels.shape} should be ({len(images)},).")
+    if batch_size < 1:
+        raise InputError(f"batch_size: {batch_size} should be 1 or more.")
+
+
+def _to_input(images, mean, std):
+    x = normalize(images, mean, std)
+    if keras.config.image_data_format() == "channels_first":
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return x

@@ -1,0 +1,202 @@
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from dskd_keras import data
+from dskd_keras.errors import InputError
+
+tfds = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("tensorflow")
+
+PREPARED = Path(__file__).resolve().parents[2] / "shared" / "tfds"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Replaces the one of conftest: nothing here is random, and clearing sessions takes long."""
+
+
+def stripes(count, height=6, width=5, first=0):
+    """Images that say by their pixels which one they are."""
+    images = np.zeros((count, height, width, 3), np.uint8)
+    images[..., 0] = (first + np.arange(count))[:, None, None]
+    images[..., 1] = 10 * np.arange(width)
+    return images
+
+
+class StripeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A real builder with nothing to download; subclasses say what it holds."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SPLITS: ClassVar = {"train": [stripes(300)], "test": [stripes(20, first=100)]}
+    FEATURES: ClassVar = {
+        "image": tfds.features.Image(shape=(6, 5, 3), encoding_format="png"),
+        "label": tfds.features.ClassLabel(names=["even", "odd"]),
+    }
+    SUPERVISED = ("image", "label")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(self.FEATURES),
+            supervised_keys=self.SUPERVISED,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.SPLITS}
+
+    def _generate_examples(self, split):
+        images = [image for part in self.SPLITS[split] for image in part]
+        for index, image in enumerate(images):
+            yield index, {"image": image, "label": self.label(split, index)}
+
+    def label(self, split, index):
+        return index % 2
+
+
+class DskdStripes(StripeBuilder):
+    pass
+
+
+class DskdStripesValidation(StripeBuilder):
+    SPLITS: ClassVar = {
+        "train": [stripes(20)],
+        "validation": [stripes(10, first=100)],
+        "test": [stripes(10)],
+    }
+
+    def label(self, split, index):
+        return -1 if split == "test" else index % 2
+
+
+class DskdStripesTrain(StripeBuilder):
+    SPLITS: ClassVar = {"train": [stripes(50)]}
+
+
+class DskdStripesSizes(StripeBuilder):
+    SPLITS: ClassVar = {"train": [stripes(5), stripes(5, 8, 8)], "test": [stripes(5)]}
+    FEATURES: ClassVar = {
+        **StripeBuilder.FEATURES,
+        "image": tfds.features.Image(encoding_format="png"),
+    }
+
+
+class DskdStripesUnsupervised(StripeBuilder):
+    SUPERVISED = None
+
+
+class DskdStripesFailing(StripeBuilder):
+    def _split_generators(self, dl_manager):
+        raise ConnectionError("the site\nis gone")
+
+
+def test_a_set_is_prepared_and_read_in_stored_order(tmp_path):
+    dataset = data.load("dskd_stripes", data_dir=tmp_path)
+    assert dataset.name == "dskd_stripes"
+    assert dataset.class_names == ("even", "odd")
+    assert dataset.input_shape == (6, 5, 3)
+    assert (len(dataset.x_train), len(dataset.x_test)) == (300, 20)
+    # Each image still has its own label, and reading it again gives the same order.
+    np.testing.assert_array_equal(dataset.x_train[:, 0, 0, 0] % 2, dataset.y_train)
+    np.testing.assert_array_equal(
+        np.sort(dataset.x_train[:, 0, 0, 0]), np.sort(np.arange(300) % 256)
+    )
+    np.testing.assert_array_equal(dataset.x_train[0, 0, :, 1], 10 * np.arange(5))
+    assert dataset.augmentation == "crop_flip"
+    scaled = dataset.x_train / 255
+    np.testing.assert_allclose(dataset.mean, scaled.mean(axis=(0, 1, 2)))
+    assert data.load("dskd_stripes", data_dir=tmp_path).fingerprint() == dataset.fingerprint()
+
+
+def test_the_folder_may_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    data.load("dskd_stripes_train")
+    assert (tmp_path / "dskd_stripes_train").is_dir()
+
+
+def test_the_validation_split_serves_where_the_test_split_has_no_labels(tmp_path):
+    dataset = data.load("dskd_stripes_validation", data_dir=tmp_path)
+    assert set(dataset.x_test[:, 0, 0, 0]) == set(range(100, 110))
+    assert "validation split is the test set" in dataset.notes[0]
+
+
+def test_a_fifth_is_held_out_where_there_is_only_train(tmp_path):
+    dataset = data.load("dskd_stripes_train", data_dir=tmp_path)
+    assert (len(dataset.x_train), len(dataset.x_test)) == (40, 10)
+    assert not set(dataset.x_train[:, 0, 0, 0]) & set(dataset.x_test[:, 0, 0, 0])
+    assert "10 of 50 images are held out" in dataset.notes[0]
+
+
+def test_different_sizes_need_image_size(tmp_path):
+    with pytest.raises(InputError, match=r"differ in size .*--image_size"):
+        data.load("dskd_stripes_sizes", data_dir=tmp_path)
+    dataset = data.load("dskd_stripes_sizes", data_dir=tmp_path, image_size=12)
+    assert dataset.x_train.shape == (10, 12, 12, 3)
+    assert set(dataset.x_train[:, 6, 6, 0]) == set(range(5))
+
+
+def test_sets_that_can_not_be_used(tmp_path):
+    with pytest.raises(InputError, match="no set for image classification: it declares no pair"):
+        data.load("dskd_stripes_unsupervised", data_dir=tmp_path)
+    with pytest.raises(InputError, match="'text' is no image"):
+        data.load("imdb_reviews", data_dir=tmp_path)
+    assert not any(tmp_path.iterdir())  # refused before anything was prepared
+
+
+def test_data_that_can_not_be_had(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="ConnectionError: the site is gone") as caught:
+        data.load("dskd_stripes_failing", data_dir=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+    def no_name_service(*args, **kwargs):
+        raise OSError("no name service")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_name_service)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(InputError, match=r"no connection to .*cs\.toronto\.edu") as caught:
+        data.load("cifar10", data_dir=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_damaged_data(tmp_path):
+    data.load("dskd_stripes", data_dir=tmp_path)
+    (record,) = (tmp_path / "dskd_stripes").glob("*/*train.tfrecord*")
+    content = bytearray(record.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    record.write_bytes(content)
+    with pytest.raises(InputError, match=r"can't be read .*prepare it again"):
+        data.load("dskd_stripes", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("cifar1000", "'cifar100'"), ("digit", "'digits'"), ("Cifar-100", "'cifar100'")],
+)
+def test_unknown_names_get_close_ones(tmp_path, name, close):
+    with pytest.raises(InputError, match="dataset: unknown name") as caught:
+        data.load(name, data_dir=tmp_path)
+    assert close in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["cifar100/zzz", "cifar100:9.9.9", "nobody:cifar100"])
+def test_malformed_names_are_one_line(tmp_path, name):
+    with pytest.raises(InputError, match=name.split(":")[0]) as caught:
+        data.load(name, data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not (PREPARED / "cifar100").is_dir(), reason="no prepared CIFAR-100")
+def test_cifar100():
+    dataset = data.load("cifar100", data_dir=PREPARED, train_examples=1000)
+    assert dataset.x_train.shape == (1000, 32, 32, 3)
+    assert dataset.x_test.shape == (10000, 32, 32, 3)
+    assert np.bincount(dataset.y_train).tolist() == [10] * 100
+    assert np.bincount(dataset.y_test).tolist() == [100] * 100
+    assert dataset.mean == (0.5071, 0.4867, 0.4408)
+    assert dataset.std == (0.2675, 0.2565, 0.2761)
+    assert dataset.class_names[:2] == ("apple", "aquarium_fish")
+    assert dataset.augmentation == "crop_flip"
+    assert dataset.notes == ()
