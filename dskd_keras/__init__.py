@@ -1,6 +1,6 @@
 """Deeply-supervised knowledge distillation for Keras 3."""
 
-from dskd_keras import callbacks, losses, models, weighting
+from dskd_keras import callbacks, losses, models, optimizers, weighting
 from dskd_keras.distiller import Distiller, Targets
 from dskd_keras.errors import InputError
 
@@ -14,5 +14,6 @@ __all__ = [
     "callbacks",
     "losses",
     "models",
+    "optimizers",
     "weighting",
 ]

@@ -324,8 +324,14 @@ class Distiller(keras.Model):
 
     def get_metrics_result(self):
         """Returns `loss` and the compiled metrics: what `evaluate` reports."""
-        results = super().get_metrics_result()
-        return {name: results[name] for name in results if name not in self._term_means.names}
+        results = {}
+        for metric in self.metrics:
+            # Compiled metrics are unbuilt where there are no labels to build them on.
+            if metric is self._term_means or not getattr(metric, "built", True):
+                continue
+            result = metric.result()
+            results.update(result if isinstance(result, dict) else {metric.name: result})
+        return results
 
     @property
     def non_trainable_variables(self):

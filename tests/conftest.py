@@ -5,5 +5,3 @@ import pytest
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)
-    yield
-    keras.utils.clear_session()

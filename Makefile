@@ -1,0 +1,28 @@
+# Needs Python 3.11 or later and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(VENV)/python train.py --pair resnet20_resnet8
+	$(VENV)/python -c "import sys; sys.modules['dskd_keras'] = None; import keras; \
+		keras.models.load_model('runs/resnet20_resnet8/dskd/seed-0/student.keras').summary(); \
+		print('The student loads without dskd_keras.')"
+
+test: .venv/ready
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	KERAS_BACKEND=tensorflow $(VENV)/python -m pytest
+	KERAS_BACKEND=jax $(VENV)/python -m pytest
+	KERAS_BACKEND=torch $(VENV)/python -m pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --upgrade pip
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable ".[jax,torch,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv

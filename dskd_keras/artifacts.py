@@ -1,0 +1,95 @@
+"""What a run keeps on disk. Every file is written aside and renamed, so none is ever half there."""
+
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import keras
+
+from dskd_keras.errors import InputError
+
+# A member of the .keras archive beside Keras's own, which Keras passes over when it loads.
+_NOTES = "dskd_keras.json"
+
+
+def check_writable(field, folder):
+    """Creates `folder` and raises `InputError` unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{field}: can't write to '{folder}': {error.strerror}.") from None
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def save_model(model, path, notes):
+    """Saves a model as `.keras` with notes inside.
+
+    The notes are JSON under the name `dskd_keras.json` in the archive, which is a zip file:
+    `json.loads(zipfile.ZipFile(path).read("dskd_keras.json"))` reads them anywhere.
+
+    Args:
+        model: A Keras model.
+        path: A path that ends in `.keras`.
+        notes: What to keep beside the weights, a dict that JSON can hold.
+    """
+    aside = path.with_name(f".{path.name}.tmp.keras")
+    model.save(aside)
+    with zipfile.ZipFile(aside, "a") as archive:
+        archive.writestr(_NOTES, json.dumps(notes, indent=1))
+    os.replace(aside, path)
+
+
+def read_notes(path):
+    """Returns the notes that `save_model` put into a file, `{}` where there are none."""
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read(_NOTES)) if _NOTES in archive.namelist() else {}
+
+
+def load_model(field, path, architecture):
+    """Loads a model, or weights for a known architecture.
+
+    Args:
+        field: The setting that named the file, for errors.
+        path: A `.keras` file of a whole model, or `.weights.h5` with weights for `architecture`.
+        architecture: The model that takes the weights of a `.weights.h5`.
+
+    Returns:
+        The loaded model; `architecture` itself for weights.
+
+    Raises:
+        InputError: The file is missing, of another kind, damaged, or fits another model.
+    """
+    path = Path(path)
+    if not path.name.endswith((".keras", ".weights.h5")):
+        raise InputError(f"{field}: '{path}' should be a .keras or a .weights.h5 file.")
+    if not path.is_file():
+        raise InputError(f"{field}: there is no file '{path}'.")
+    try:
+        if path.suffix == ".keras":
+            _check_archive(path)
+            return keras.models.load_model(path, compile=False)
+        architecture.load_weights(path)
+        return architecture
+    except Exception as error:  # Keras, h5py and zipfile raise all kinds for a bad file
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "damaged")
+        raise InputError(
+            f"{field}: can't load '{path}' for {architecture.name}: {reason}"
+        ) from None
+
+
+def _check_archive(path):
+    """Raises where the file's own checksums don't hold; Keras reads damaged weights silently."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise OSError(f"'{damaged}' in the archive is damaged")

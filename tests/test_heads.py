@@ -1,0 +1,214 @@
+import keras
+import numpy as np
+import pytest
+import small
+from keras import layers
+
+import dskd_keras
+from dskd_keras import graph, heads
+
+
+def classifier(name, make_map, input_shape, width):
+    """Input -> layer "shallow" -> pooled -> logits, the map made by `make_map(x, width)`."""
+    inputs = keras.Input(input_shape)
+    x = layers.Identity(name="shallow")(make_map(inputs, width))
+    return keras.Model(inputs, layers.Dense(small.CLASSES, name="logits")(_pooled(x)), name=name)
+
+
+def _pooled(x):
+    axes = tuple(range(1, len(x.shape) - 1))
+    return keras.ops.mean(x, axis=axes) if axes else x
+
+
+def image_map(x, width):
+    return layers.Conv2D(width, 3, padding="same", data_format="channels_last")(x)
+
+
+def strided_map(x, width):
+    return layers.Conv2D(width, 3, strides=4, padding="same", data_format="channels_last")(x)
+
+
+def odd_map(x, width):
+    return layers.Conv2D(width, 4, strides=2, padding="valid", data_format="channels_last")(x)
+
+
+def sequence(x, width):
+    x = layers.Reshape((-1, x.shape[-1] * x.shape[2]))(x)
+    return layers.Dense(width, activation="gelu")(x)
+
+
+def vector(x, width):
+    return layers.Dense(width)(layers.Flatten()(x))
+
+
+SHAPE = (12, 12, 2)
+
+
+@pytest.mark.parametrize(
+    "of_student, of_teacher, projected",
+    [
+        (image_map, image_map, (12, 12, 5)),
+        (image_map, strided_map, (3, 3, 5)),  # the student's is halved twice
+        (image_map, odd_map, (5, 5, 5)),  # 12 to 6 by halving, to 5 by pooling
+        (strided_map, odd_map, (3, 3, 5)),  # the teacher's is pooled
+        (sequence, sequence, (12, 5)),
+        (vector, vector, (5,)),
+        (vector, image_map, (5,)),
+        (sequence, image_map, (5,)),
+        (image_map, sequence, (5,)),
+        (image_map, vector, (5,)),
+    ],
+)
+def test_heads_fit_every_kind_of_feature_map(of_student, of_teacher, projected):
+    teacher = classifier("teacher", of_teacher, SHAPE, 5)
+    student = classifier("student", of_student, SHAPE, 4)
+    distiller = dskd_keras.Distiller(teacher, student, ["shallow"], teacher_layer="shallow")
+    distiller.compile("sgd", loss=small.crossentropy(), run_eagerly=True)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((4, *SHAPE)).astype("float32"), np.arange(4) % small.CLASSES
+    outputs = distiller(x, training=True)
+    assert tuple(outputs.deep_logits["shallow"].shape) == (4, small.CLASSES)
+    assert tuple(outputs.deep_features["shallow"].shape) == (4, *projected)
+    # Every weight of the head learns.
+    head = [
+        variable
+        for layer in distiller.student_with_heads.layers
+        if layer.name.startswith("head_")
+        for variable in layer.trainable_variables
+    ]
+    before = small.values(head)
+    logs = distiller.fit(x, y, batch_size=4, epochs=2, verbose=0).history
+    assert all(np.isfinite(values).all() for values in logs.values())
+    for variable, a, b in zip(head, before, small.values(head), strict=True):
+        # A bias before batch norm would be the exception; heads have none.
+        assert (a != b).any(), variable.path
+
+
+def test_channels_first_maps_give_the_numbers_of_channels_last_ones():
+    def net(name, data_format):
+        first = data_format == "channels_first"
+        inputs = keras.Input((2, 8, 8) if first else (8, 8, 2))
+        x = layers.Conv2D(
+            4, 3, padding="same", data_format=data_format, kernel_initializer=_ramp(), name="conv"
+        )(inputs)
+        x = layers.ReLU(name="stage1")(x)
+        x = layers.GlobalAveragePooling2D(data_format=data_format)(x)
+        x = layers.Dense(small.CLASSES, kernel_initializer=_ramp())(x)
+        return keras.Model(inputs, x, name=name)
+
+    x, y = small.images(4)
+    losses = []
+    for data_format in ("channels_last", "channels_first"):
+        keras.utils.set_random_seed(0)
+        distiller = dskd_keras.Distiller(
+            net("teacher", data_format), net("student", data_format), ["stage1"]
+        )
+        distiller.compile("sgd", loss=small.crossentropy())
+        images = x if data_format == "channels_last" else x.transpose(0, 3, 1, 2)
+        losses.append(distiller.train_on_batch(images, y, return_dict=True))
+        outputs = distiller(images, training=True)
+        assert tuple(outputs.deep_features["stage1"].shape) == (4, 8, 8, 4)
+    for name in losses[0]:
+        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=1e-4)
+
+
+def _ramp():
+    def initializer(shape, dtype=None):
+        values = np.sin(np.arange(np.prod(shape), dtype="float32")).reshape(shape)
+        return keras.ops.convert_to_tensor(values, dtype=dtype)
+
+    return initializer
+
+
+def nested(name, sequential=False):
+    backbone = small.convnet(f"{name}_backbone")
+    backbone = keras.Model(backbone.inputs[0], backbone.get_layer("stage2").output, name="backbone")
+    parts = [
+        layers.GlobalAveragePooling2D(data_format="channels_last", name="pool"),
+        layers.Dense(small.CLASSES, name="logits"),
+    ]
+    if sequential:
+        return keras.Sequential([keras.Input((8, 8, 2)), backbone, *parts], name=name)
+    inputs = x = keras.Input((8, 8, 2))
+    for layer in [backbone, *parts]:
+        x = layer(x)
+    return keras.Model(inputs, x, name=name)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_layers_of_nested_models_are_reached_by_path(sequential, tmp_path):
+    teacher, student = nested("teacher", sequential), nested("student", sequential)
+    distiller = dskd_keras.Distiller(
+        teacher, student, ["backbone/stage1", "backbone"], teacher_layer="backbone/stage2"
+    )
+    distiller.compile("sgd", loss=small.crossentropy())
+    x, y = small.images(4)
+    # The taps see what the nested model computes, and its weights are the student's own.
+    inner = student.get_layer("backbone")
+    expected = keras.Model(inner.inputs[0], inner.get_layer("stage1").output)(x, training=False)
+    opened, (tapped,) = graph.tap("student_layers", student, ["backbone/stage1"])
+    taps = keras.Model(graph.input_structure(opened), tapped)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(taps(x, training=False)),
+        keras.ops.convert_to_numpy(expected),
+        rtol=1e-6,
+    )
+    before = small.values(inner.trainable_variables)
+    logs = distiller.fit(x, y, verbose=0).history
+    assert "deep_prediction_loss/backbone/stage1" in logs
+    after = small.values(inner.trainable_variables)
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))
+    student.save(tmp_path / "student.keras")
+    loaded = keras.models.load_model(tmp_path / "student.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), distiller.predict(x, verbose=0))
+
+
+def test_the_default_teacher_layer_is_the_last_map_before_pooling():
+    def name(model):
+        return graph.last_feature_map(model)._keras_history.operation.name
+
+    assert name(small.convnet("a")) == "stage2"
+    assert name(nested("b")) == "backbone"
+    # A 1×1 map after the pooling is no feature map any more, nor is a flattened one.
+    inputs = keras.Input((8, 8, 2))
+    x = layers.Conv2D(4, 3, name="features", data_format="channels_last")(inputs)
+    x = layers.GlobalAveragePooling2D(keepdims=True, data_format="channels_last")(x)
+    x = layers.Conv2D(3, 1, data_format="channels_last")(x)
+    assert name(keras.Model(inputs, layers.Flatten()(x))) == "features"
+    # Without any map it is what the last layer reads.
+    inputs = keras.Input((7,))
+    x = layers.Dense(5, name="penultimate")(layers.Dense(6)(inputs))
+    assert name(keras.Model(inputs, layers.Dense(3)(x))) == "penultimate"
+
+
+def test_layers_without_a_usable_map_are_refused():
+    inputs = keras.Input((8, 8, 2), name="images")
+    shared = layers.Conv2D(2, 3, padding="same", name="shared", data_format="channels_last")
+    x = shared(shared(inputs))
+    aside = layers.Flatten(name="aside")(x)
+    deep = layers.Reshape((2, 4, 8, 2), name="deep")(x)
+    x = layers.GlobalAveragePooling3D(data_format="channels_last")(deep)
+    student = keras.Model(inputs, layers.Dense(3)(x), name="student")
+    del aside
+    for layer, reason in {
+        "images": "it is the input",
+        "shared": "it is called 2 times",
+        "deep": "it gives float32 (None, 2, 4, 8, 2)",
+    }.items():
+        with pytest.raises(dskd_keras.InputError) as error:
+            heads.attach(student, [layer], (4, 4, 8), 3)
+        assert f"student_layers: layer '{layer}' has no usable feature map" in str(error.value)
+        assert reason in str(error.value)
+    inputs = keras.Input((None, None, 2))
+    x = layers.Conv2D(2, 3, name="unsized", data_format="channels_last")(inputs)
+    x = layers.GlobalAveragePooling2D(data_format="channels_last")(x)
+    student = keras.Model(inputs, layers.Dense(3)(x))
+    with pytest.raises(dskd_keras.InputError, match="with fixed sizes"):
+        heads.attach(student, ["unsized"], (4, 4, 8), 3)
+
+
+def test_default_heads_are_small():
+    student = dskd_keras.models.create("resnet32", 100, (32, 32, 3))
+    with_heads = heads.attach(student, ["stage1", "stage2"], (8, 8, 64), 100)
+    # The heads are training's alone, but a step pays for them.
+    assert with_heads.count_params() < 1.07 * student.count_params()

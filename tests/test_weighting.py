@@ -1,0 +1,70 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import dskd_keras
+from dskd_keras import weighting
+
+
+def allocate(strategy, losses):
+    losses = np.array(losses, "float32")
+    return keras.ops.convert_to_numpy(weighting.get(strategy)(losses))
+
+
+def test_by_hand():
+    e = np.exp(1.0)
+    np.testing.assert_allclose(allocate("softmax", [1.0, 0.0]), [e / (e + 1), 1 / (e + 1)], 1e-6)
+    np.testing.assert_allclose(
+        allocate(weighting.Softmax(0.5), [0.5, 0.0]), [e / (e + 1), 1 / (e + 1)], 1e-6
+    )
+    np.testing.assert_allclose(allocate("proportional", [1.0, 3.0, 0.0]), [0.25, 0.75, 0.0])
+    np.testing.assert_allclose(
+        allocate("inverse", [0.0, np.log(2.0), 0.0]), [0.375, 0.25, 0.375], 1e-6
+    )
+    np.testing.assert_allclose(allocate("uniform", [5.0, 1.0, 0.0, 0.0]), [0.25] * 4)
+
+
+STRATEGIES = [*weighting.names(), weighting.Softmax(1e-3)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize(
+    "losses",
+    [[0.0] * 3, [3e38] * 3, [3e38, 0.0, 1.0], [1e-38, 1e-38, 0.0], [-1e-8, 1e-8, 0.0]],
+    ids=str,
+)
+def test_finite_losses_give_shares(strategy, losses):
+    weights = allocate(strategy, losses)
+    assert np.isfinite(weights).all() and (weights >= 0).all()
+    assert weights.sum() == pytest.approx(1.0, rel=1e-5)
+    if len(set(losses)) == 1:
+        np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_special_losses(strategy):
+    np.testing.assert_array_equal(allocate(strategy, [7.0]), [1.0])
+    np.testing.assert_array_equal(allocate(strategy, [1.0, np.inf, 2.0]), [0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(allocate(strategy, [np.inf, 0.0, np.inf]), [0.5, 0.0, 0.5])
+
+
+def test_larger_loss_larger_weight_except_inverse():
+    for name in ("softmax", "proportional"):
+        assert (np.diff(allocate(name, [1.0, 2.0, 3.0])) > 0).all()
+    assert (np.diff(allocate("inverse", [1.0, 2.0, 3.0])) < 0).all()
+
+
+def test_get():
+    strategy = weighting.Softmax(2.0)
+    assert weighting.get(strategy) is strategy
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(strategy)))
+    again = weighting.get(config)
+    assert isinstance(again, weighting.Softmax) and again.temperature == 2.0
+    with pytest.raises(dskd_keras.InputError, match="Did you mean 'proportional'"):
+        weighting.get("proportion")
+    with pytest.raises(dskd_keras.InputError, match="Received: None"):
+        weighting.get(None)
+    with pytest.raises(dskd_keras.InputError, match="weighting temperature should be a positive"):
+        weighting.Softmax(0.0)
