@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -78,7 +79,10 @@ def load_model(field, path, architecture):
         if path.suffix == ".keras":
             _check_archive(path)
             return keras.models.load_model(path, compile=False)
-        architecture.load_weights(path)
+        with warnings.catch_warnings():
+            # Keras passes over what it can't find in the file: those weights would stay random.
+            warnings.filterwarnings("error", message="Skipping")
+            architecture.load_weights(path)
         return architecture
     except Exception as error:  # Keras, h5py and zipfile raise all kinds for a bad file
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "damaged")

@@ -247,15 +247,20 @@ def _one_line(config_class, message):
         return unknown_name("configuration", unknown[1], hints)
     if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         return unknown_name("option", unknown[1], [f"--{name}" for name in hints])
-    if wrong := re.search(r'Parser key "(\w+)":\s+Expected .*Got value: (.*)', message, re.DOTALL):
+    wrong = re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if wrong and wrong[1] in hints:
         field, value = wrong.groups()
-        kind = hints.get(field)
+        kind = hints[field]
         if typing.get_origin(kind) is Literal:
-            return unknown_name(field, value, typing.get_args(kind))
+            return unknown_name(field, value.strip(), typing.get_args(kind))
         return InputError(f"{field} should be {_kind_name(kind)}. Received: {value.strip()!r}.")
-    if missing := re.search(r'[Kk]ey "(teacher|student)" is required', message):
+    if missing := re.search(r"arguments are required: (\w+)", message):
         return InputError(f"{missing[1]}: not given. Choose a pair (--pair NAME) or name a model.")
-    return InputError(" ".join(message.replace("Parser key ", "").split()))
+    message = message.replace("Problems parsing config:", "config: not valid YAML:")
+    message = message.replace('in "<unicode string>", ', "").replace(
+        'Parser key "config"', "config"
+    )
+    return InputError(" ".join(message.split()))
 
 
 def _kind_name(kind):

@@ -67,7 +67,7 @@ def run(config, console=None):
         validation_fraction=config.validation_fraction,
     )
     console.print(_describe(dataset), highlight=False)
-    # Builds everything once, so that whatever doesn't fit is said before a teacher trains for hours.
+    # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     _distiller(config, _teacher_architecture(config, dataset), _student(config, dataset))
 
     teacher, results = None, []

@@ -45,6 +45,7 @@ class Weighting(keras.layers.Layer):
         super().__init__(name=name, **kwargs)
 
     def __call__(self, losses):
+        """Returns the weights `[L]` for losses `[L]`, infinite ones included."""
         losses = ops.stop_gradient(ops.convert_to_tensor(losses, dtype="float32"))
         infinite = ops.isinf(losses)
         # Strategies see finite values in any case: 0 · inf would turn both branches into NaN.
@@ -110,8 +111,8 @@ class Proportional(Weighting):
 class Inverse(Weighting):
     """`(1 − softmax(losses)) / (L − 1)`: smaller loss, larger weight.
 
-    The form that CA-MKD (Zhang, Chen, Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation",
-    equation 4) gives to several teachers.
+    The form that CA-MKD ("Confidence-Aware Multi-Teacher Knowledge Distillation", Zhang, Chen and
+    Wang, ICASSP 2022) gives to several teachers.
     """
 
     def call(self, losses):

@@ -22,11 +22,6 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Replaces the one of conftest: nothing here is random, and clearing sessions takes long."""
-
-
 @pytest.fixture
 def channels_last():
     before = keras.config.image_data_format()

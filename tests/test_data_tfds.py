@@ -13,11 +13,6 @@ pytest.importorskip("tensorflow")
 PREPARED = Path(__file__).resolve().parents[2] / "shared" / "tfds"
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Replaces the one of conftest: nothing here is random, and clearing sessions takes long."""
-
-
 def stripes(count, height=6, width=5, first=0):
     """Images that say by their pixels which one they are."""
     images = np.zeros((count, height, width, 3), np.uint8)

@@ -1,0 +1,361 @@
+"""The command line, end to end, on images so small and few that a run takes seconds."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import yaml
+
+import dskd_keras
+import train
+from dskd_keras import artifacts, experiment, models
+from dskd_keras.config import ExperimentConfig
+from dskd_keras.report import RunResult, results_table
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An .npz of 8×8 images whose class shows in their colour."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 60), ("test", 30)):
+        labels = np.arange(count) % len(CLASSES)
+        pixels = rng.integers(0, 100, (count, 8, 8, 3))
+        pixels[np.arange(count), :, :, labels] += 100
+        arrays |= {f"x_{part}": pixels.astype("uint8"), f"y_{part}": labels}
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    np.savez(path, class_names=np.array(CLASSES), **arrays)
+    return path
+
+
+def command(images, folder, *flags):
+    """Runs train.py in this process, in `folder`; returns its exit status."""
+    return train.main(
+        [
+            "--teacher", "resnet8", "--student", "resnet8", "--dataset", str(images),
+            "--epochs", "2", "--batch_size", "16", "--run_dir", str(folder / "run"),
+            "--teacher_dir", str(folder / "teachers"), *map(str, flags),
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """The folder of a finished run with two seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert command(images, folder, "--seeds", 0, 1) == 0
+    return folder
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    folder = finished / "run" / "dskd" / "seed-0"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml", "history.csv", "metrics.json", "student.keras",
+    ]  # fmt: skip
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["seeds"] == [0] and config["student"] == "resnet8" and config["epochs"] == 2
+    rows = history(folder)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert {"loss", "val_accuracy", "deep_feature_allocation/stage2"} <= set(rows[0])
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    accuracies = [float(row["val_accuracy"]) for row in rows]
+    assert metrics["test_accuracy"] == pytest.approx(accuracies[-1])
+    assert metrics["best_accuracy"] == pytest.approx(max(accuracies))
+    assert metrics["best_epoch"] == 1 + int(np.argmax(accuracies))
+    assert metrics["best_chosen_on"] == "test"
+    assert metrics["images_per_second"] > 0
+    assert metrics["backend"] == keras.backend.backend() and "keras" in metrics["versions"]
+    student = models.create("resnet8", 3, (8, 8, 3))
+    assert metrics["parameters"] == sum(int(np.prod(v.shape)) for v in student.trainable_variables)
+
+
+def test_the_student_is_bare_and_says_what_it_expects(finished, images, tmp_path):
+    path = finished / "run" / "dskd" / "seed-0" / "student.keras"
+    metrics = json.loads((path.parent / "metrics.json").read_text())
+    script = (
+        "import sys; sys.modules['dskd_keras'] = None\n"
+        "import json, zipfile, keras, numpy as np\n"
+        "student, data = sys.argv[1:]\n"
+        "notes = json.loads(zipfile.ZipFile(student).read('dskd_keras.json'))\n"
+        "data = np.load(data)\n"
+        "x = (data['x_test'] / 255 - notes['mean']) / notes['std']\n"
+        "logits = keras.models.load_model(student).predict(x.astype('float32'), verbose=0)\n"
+        "print(notes['class_names'], (logits.argmax(-1) == data['y_test']).mean())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": ""}
+    printed = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(images)],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+    ).stdout.strip().splitlines()[-1]  # fmt: skip
+    assert printed.startswith("['ant', 'bee', 'cat']")
+    assert float(printed.split()[-1]) == pytest.approx(metrics["test_accuracy"])
+
+
+def test_same_seed_same_numbers(finished, images, tmp_path):
+    first = finished / "run" / "dskd"
+    assert history(first / "seed-0") != history(first / "seed-1")
+    # The teacher of the first run serves again: only the student is trained anew.
+    flags = ["--teacher_dir", finished / "teachers"]
+    assert command(images, tmp_path, *flags) == 0
+    again = tmp_path / "run" / "dskd" / "seed-0"
+    assert not (tmp_path / "teachers").exists()
+    assert history(again) == history(first / "seed-0")
+    weights = [
+        keras.models.load_model(folder / "student.keras").get_weights()
+        for folder in (again, first / "seed-0")
+    ]
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_is_kept(finished, images, capsys):
+    student = finished / "run" / "dskd" / "seed-1" / "student.keras"
+    before = student.stat().st_mtime_ns, student.read_bytes()
+    assert command(images, finished, "--seeds", 1) == 0
+    assert "Seed 1 was finished before" in capsys.readouterr().out
+    assert command(images, finished, "--seeds", 1, "--temperature", 3) == 2
+    message = capsys.readouterr().err
+    assert "holds a run of another configuration (temperature: 4.0 there, 3.0 here)" in message
+    assert (student.stat().st_mtime_ns, student.read_bytes()) == before
+
+
+def test_an_interrupted_run_leaves_its_student_and_is_set_aside(
+    finished, images, tmp_path, monkeypatch, capsys
+):
+    def interrupt(self, epoch, logs=None):
+        raise KeyboardInterrupt
+
+    flags = ["--teacher_dir", finished / "teachers", "--method", "kd"]
+    with monkeypatch.context() as patched:
+        patched.setattr(keras.callbacks.CSVLogger, "on_epoch_end", interrupt)
+        assert command(images, tmp_path, *flags) == 130
+    folder = tmp_path / "run" / "kd" / "seed-0"
+    assert "The student so far" in capsys.readouterr().out
+    assert keras.models.load_model(folder / "student.keras").name == "resnet8"
+    assert not (folder / "metrics.json").exists()
+
+    assert command(images, tmp_path, *flags) == 0
+    aside = tmp_path / "run" / "kd" / "seed-0.unfinished-1"
+    assert (aside / "student.keras").exists() and (folder / "metrics.json").exists()
+    assert not any(name.startswith("deep_") for name in history(folder)[0])
+
+
+def test_ce_builds_no_teacher_and_validation_chooses_the_best_epoch(
+    images, tmp_path, monkeypatch, capsys
+):
+    created = []
+    create = models.create
+
+    def recorded(name, *args, **kwargs):
+        created.append(kwargs["field"])
+        return create(name, *args, **kwargs)
+
+    monkeypatch.setattr(models, "create", recorded)
+    flags = ["--method", "ce", "--validation_fraction", 0.3, "--include_preprocessing"]
+    assert command(images, tmp_path, *flags) == 0
+    assert set(created) == {"student"} and not (tmp_path / "teachers").exists()
+    folder = tmp_path / "run" / "ce" / "seed-0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["best_chosen_on"] == "validation"
+    accuracies = [float(row["val_accuracy"]) for row in history(folder)]
+    assert metrics["best_epoch"] == 1 + int(np.argmax(accuracies))
+    assert "label_loss" in history(folder)[0] and "prediction_loss" not in history(folder)[0]
+
+    # With the normalisation inside, the saved students take pixels, as integers too.
+    data = np.load(images)
+    for name, accuracy in (("student", "test_accuracy"), ("student_best", "best_accuracy")):
+        student = keras.models.load_model(folder / f"{name}.keras")
+        logits = student.predict(data["x_test"], verbose=0)
+        assert (logits.argmax(-1) == data["y_test"]).mean() == pytest.approx(metrics[accuracy])
+    notes = artifacts.read_notes(folder / "student.keras")
+    assert notes["input"] == "pixels from 0 to 255"
+    assert not (folder / "best.weights.h5").exists()
+    assert "best on the validation images" in " ".join(capsys.readouterr().out.split())
+
+
+def config(**fields):
+    return ExperimentConfig(**{"teacher": "resnet8", "student": "resnet8", **fields})
+
+
+def test_the_teachers_key_holds_what_shaped_it_and_no_more(images):
+    dataset = dskd_keras.data.load(str(images))
+    recipe = experiment._teacher_recipe(config(), dataset)
+    for fields in (
+        {"temperature": 2.0}, {"student": "resnet14"}, {"seeds": [3]}, {"method": "kd"},
+        {"epochs": 5, "teacher_epochs": 240}, {"learning_rate": 0.01, "teacher_learning_rate": 0.05},
+    ):  # fmt: skip
+        assert experiment._teacher_recipe(config(**fields), dataset) == recipe, fields
+    for fields in (
+        {"teacher": "resnet14"}, {"teacher_seed": 1}, {"teacher_epochs": 5}, {"batch_size": 3},
+        {"learning_rate": 0.01}, {"weight_decay": 0.0}, {"augmentation": "none"},
+        {"nesterov": True}, {"schedule": "cosine"}, {"decay_at": [0.5]},
+    ):  # fmt: skip
+        assert experiment._teacher_recipe(config(**fields), dataset) != recipe, fields
+    other = dskd_keras.data.load(str(images), train_examples=30)
+    assert experiment._teacher_recipe(config(), other) != recipe
+
+
+def test_learning_rates():
+    steps_per_epoch = 782
+    schedule = experiment._learning_rate(config(), 240 * steps_per_epoch)
+    for epoch, rate in ((0, 0.05), (149, 0.05), (150, 0.005), (180, 5e-4), (210, 5e-5)):
+        first, last = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1
+        assert float(schedule(first)) == pytest.approx(rate), epoch
+        if epoch != 149:
+            assert float(schedule(max(first - 1, 0))) == pytest.approx(
+                rate if epoch == 0 else 10 * rate
+            )
+        assert float(schedule(last)) == pytest.approx(rate), epoch
+    cosine = experiment._learning_rate(config(schedule="cosine"), 100)
+    assert float(cosine(0)) == pytest.approx(0.05) and float(cosine(50)) == pytest.approx(0.025)
+    assert experiment._learning_rate(config(decay_at=[]), 100) == 0.05
+
+
+def test_a_weak_teacher_is_refused_before_the_student_trains(finished, images, tmp_path, capsys):
+    teachers = finished / "teachers"
+    before = [path.read_bytes() for path in teachers.iterdir()]
+    flags = ["--teacher_dir", teachers, "--min_teacher_accuracy", 1.0]
+    (cached,) = teachers.iterdir()
+    broken = keras.models.load_model(cached)
+    broken.set_weights([w * 0 for w in broken.get_weights()])
+    broken.save(tmp_path / "broken.keras")
+    assert command(images, tmp_path, *flags, "--teacher_weights", tmp_path / "broken.keras") == 2
+    message = capsys.readouterr().err
+    assert "min_teacher_accuracy: the teacher" in message and "reaches 0.3333" in message
+    assert not (tmp_path / "run" / "dskd" / "seed-0" / "history.csv").exists()
+    assert [path.read_bytes() for path in teachers.iterdir()] == before
+
+
+def flip_a_byte(source, target):
+    """Copies a .keras file with one bit of its weights changed."""
+    with zipfile.ZipFile(source) as archive:
+        info = archive.getinfo("model.weights.h5")
+    data = bytearray(source.read_bytes())
+    data[info.header_offset + info.file_size // 2] ^= 1
+    target.write_bytes(data)
+
+
+def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
+    (cached,) = (finished / "teachers").iterdir()
+    teacher = keras.models.load_model(cached)
+    teacher.save_weights(tmp_path / "good.weights.h5")
+    models.create("resnet14", 3, (8, 8, 3)).save_weights(tmp_path / "foreign.weights.h5")
+    models.create("resnet8", 5, (8, 8, 3)).save(tmp_path / "five.keras")
+    (tmp_path / "text.keras").write_text("no model")
+    (tmp_path / "text.weights.h5").write_text("no weights")
+    (tmp_path / "short.keras").write_bytes(cached.read_bytes()[:-5000])
+    flip_a_byte(cached, tmp_path / "flipped.keras")
+    for name, message in {
+        "none.keras": "there is no file",
+        "teacher.pth": "should be a .keras or a .weights.h5 file",
+        "text.keras": "can't load",
+        "text.weights.h5": "can't load",
+        "short.keras": "can't load",
+        "flipped.keras": "is damaged",
+        "foreign.weights.h5": "can't load",
+        "five.keras": "teacher 'resnet8' gives 5 logits, student 'resnet8' 3",
+    }.items():
+        assert command(images, tmp_path, "--teacher_weights", tmp_path / name) == 2, name
+        error = capsys.readouterr().err.strip()
+        assert message in error and error.startswith("error: teacher") and "\n" not in error, name
+    assert not (tmp_path / "run" / "dskd" / "seed-0" / "history.csv").exists()
+
+    accuracy = experiment._test_accuracy(teacher, dskd_keras.data.load(str(images)))
+    flags = ["--teacher_weights", tmp_path / "good.weights.h5", "--epochs", 1]
+    assert command(images, tmp_path, *flags) == 0
+    assert f"Teacher resnet8: {100 * accuracy:.2f} % on the test set" in capsys.readouterr().out
+    assert not (tmp_path / "teachers").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--teacher", "resnet9"], "teacher: unknown name 'resnet9'. Did you mean 'resnet8'"),
+        (["--student", "resnet111"], "student: unknown name 'resnet111'. Did you mean"),
+        (["--student_layers", "stage5"], "student_layers: unknown name 'stage5'. Did you mean"),
+        (["--student_layers", "images"], "layer 'images' has no usable feature map"),
+        (["--teacher_layer", "stage"], "teacher_layer: unknown name 'stage'. Did you mean"),
+        (["--dataset", "digitz"], "digits"),
+        (["--dataset", "./nothing.npz"], "nothing.npz"),
+        (["--train_examples", "1000"], "train_examples"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(images, tmp_path, capsys, flags, message):
+    assert command(images, tmp_path, *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_a_folder_that_cannot_be_written(images, tmp_path, capsys):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    assert command(images, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: run_dir: can't") and "Traceback" not in error
+
+
+def test_labels_outside_the_classes(images, tmp_path, capsys):
+    data = dict(np.load(images))
+    data["y_test"] = data["y_test"] + 1
+    np.savez(tmp_path / "bad.npz", **data)
+    assert command(tmp_path / "bad.npz", tmp_path) == 2
+    error = capsys.readouterr().err.strip()
+    assert "y_test" in error and "3" in error and "\n" not in error
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow", reason="for the backends that do without it"
+)
+def test_the_main_job_runs_where_importing_tensorflow_fails(tmp_path):
+    script = (
+        "import sys\n"
+        "for name in ('tensorflow', 'tensorflow_datasets'): sys.modules[name] = None\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import train\n"
+        "sys.exit(train.main(sys.argv[2:]))\n"
+    )
+    flags = (
+        "--pair resnet20_resnet8 --teacher resnet8 --epochs 1 --train_examples 64 --batch_size 32"
+    ).split()
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), *flags],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "resnet20_resnet8" / "dskd" / "seed-0"
+    assert (folder / "student.keras").exists() and "resnet8" in done.stdout
+
+
+def test_table_has_mean_and_deviation_over_seeds():
+    from rich.console import Console
+
+    results = [
+        RunResult("teacher", "resnet56", 861620, 0.7234),
+        *(
+            RunResult("dskd", "resnet20", 278324, accuracy, best_accuracy=accuracy + 0.01,
+                      best_epoch=3, best_chosen_on="validation", images_per_second=100.0, seed=seed)
+            for seed, accuracy in enumerate((0.70, 0.71, 0.72))
+        ),
+    ]  # fmt: skip
+    console = Console(width=120, record=True)
+    console.print(results_table("cifar100, dskd", results))
+    text = " ".join(console.export_text().split())
+    assert "72.34" in text and "861,620" in text
+    assert "71.00 ± 1.00" in text and "72.00 ± 1.00" in text and "0 1 2" in text
+    assert "best on the validation images" in text
