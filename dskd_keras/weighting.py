@@ -97,14 +97,11 @@ class Proportional(Weighting):
 
     def call(self, losses):
         """Returns the weights `[L]` for finite losses `[L]`."""
-        # Rounding can leave a divergence of equals slightly below zero.
-        losses = ops.maximum(losses, 0.0)
-        largest = ops.max(losses)
-        # Over the largest first: a sum of large losses would overflow.
-        shares = ops.where(
-            largest > 0, losses / ops.where(largest > 0, largest, 1.0), ops.ones_like(losses)
-        )
-        return shares / ops.sum(shares)
+        if losses.shape[0] == 1:
+            return ops.ones_like(losses)
+        # As the softmax of logarithms neither the sum nor the quotient can overflow. The least
+        # normal number stands for zero, and for the negative divergence that rounding can leave.
+        return ops.softmax(ops.log(ops.maximum(losses, 1.2e-38)), axis=-1)
 
 
 @keras.saving.register_keras_serializable("dskd_keras")

@@ -198,7 +198,8 @@ def test_the_teachers_key_holds_what_shaped_it_and_no_more(images):
     recipe = experiment._teacher_recipe(config(), dataset)
     for fields in (
         {"temperature": 2.0}, {"student": "resnet14"}, {"seeds": [3]}, {"method": "kd"},
-        {"epochs": 5, "teacher_epochs": 240}, {"learning_rate": 0.01, "teacher_learning_rate": 0.05},
+        {"epochs": 5, "teacher_epochs": 240},
+        {"learning_rate": 0.01, "teacher_learning_rate": 0.05},
     ):  # fmt: skip
         assert experiment._teacher_recipe(config(**fields), dataset) == recipe, fields
     for fields in (
@@ -330,9 +331,8 @@ def test_the_main_job_runs_where_importing_tensorflow_fails(tmp_path):
         "import train\n"
         "sys.exit(train.main(sys.argv[2:]))\n"
     )
-    flags = (
-        "--pair resnet20_resnet8 --teacher resnet8 --epochs 1 --train_examples 64 --batch_size 32"
-    ).split()
+    flags = ["--pair", "resnet20_resnet8", "--teacher", "resnet8", "--epochs", "1"]
+    flags += ["--train_examples", "64", "--batch_size", "32"]
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT), *flags],
         cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -19,7 +19,9 @@ def test_by_hand():
     np.testing.assert_allclose(
         allocate(weighting.Softmax(0.5), [0.5, 0.0]), [e / (e + 1), 1 / (e + 1)], 1e-6
     )
-    np.testing.assert_allclose(allocate("proportional", [1.0, 3.0, 0.0]), [0.25, 0.75, 0.0])
+    np.testing.assert_allclose(
+        allocate("proportional", [1.0, 3.0, 0.0]), [0.25, 0.75, 0.0], 1e-6, 1e-30
+    )
     np.testing.assert_allclose(
         allocate("inverse", [0.0, np.log(2.0), 0.0]), [0.375, 0.25, 0.375], 1e-6
     )
