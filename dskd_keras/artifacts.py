@@ -27,7 +27,7 @@ def check_writable(field, folder):
 
 def write_text(path, text):
     """Writes a text file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = _aside(path, "")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
@@ -43,7 +43,7 @@ def save_model(model, path, notes):
         path: A path that ends in `.keras`.
         notes: What to keep beside the weights, a dict that JSON can hold.
     """
-    aside = path.with_name(f".{path.name}.tmp.keras")
+    aside = _aside(path, ".keras")
     model.save(aside)
     with zipfile.ZipFile(aside, "a") as archive:
         archive.writestr(_NOTES, json.dumps(notes, indent=1))
@@ -89,6 +89,11 @@ def load_model(field, path, architecture):
         raise InputError(
             f"{field}: can't load '{path}' for {architecture.name}: {reason}"
         ) from None
+
+
+def _aside(path, suffix):
+    # The process is in the name: two of them may train the same teacher at once.
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{suffix}")
 
 
 def _check_archive(path):

@@ -266,7 +266,7 @@ class Distiller(keras.Model):
 
         def deep_term(kind, weighting, values):
             means_by_layer = _mean_over_replicas(ops.stack([batch_mean(v) for v in values]))
-            weights = weighting(means_by_layer)
+            weights = _full_precision(weighting(means_by_layer))
             for layer, mean, weight in zip(
                 self.student_layers, ops.unstack(means_by_layer), ops.unstack(weights), strict=True
             ):

@@ -49,7 +49,7 @@ def run(config, console=None):
     Raises:
         InputError: Before any training, if the configuration or the data can't be used.
     """
-    console = console or Console()
+    console = console or Console(highlight=False, markup=False, soft_wrap=True)
     _check_names(config)
     folders = {seed: config.folder() / config.method / f"seed-{seed}" for seed in config.seeds}
     finished = {
@@ -66,7 +66,7 @@ def run(config, console=None):
         train_examples=config.train_examples,
         validation_fraction=config.validation_fraction,
     )
-    console.print(_describe(dataset), highlight=False)
+    console.print(_describe(dataset))
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     _distiller(config, _teacher_architecture(config, dataset), _student(config, dataset))
 
@@ -76,13 +76,13 @@ def run(config, console=None):
         results.append(result)
     for seed, folder in folders.items():
         if seed in finished:
-            console.print(f"Seed {seed} was finished before: {folder}", highlight=False)
+            console.print(f"Seed {seed} was finished before: {folder}")
             results.append(finished[seed])
         else:
             results.append(_train_student(config, dataset, teacher, seed, folder, console))
     console.print(report.results_table(f"{dataset.name}, {config.method}", results))
     for folder in folders.values():
-        console.print(f"Student: {folder / 'student.keras'}", highlight=False, soft_wrap=True)
+        console.print(f"Student: {folder / 'student.keras'}")
     return results
 
 
@@ -299,8 +299,6 @@ def _obtain_teacher(config, dataset, console):
     accuracy = _test_accuracy(teacher, dataset)
     console.print(
         f"Teacher {teacher.name}: {100 * accuracy:.2f} % on the test set ({path})",
-        highlight=False,
-        soft_wrap=True,
     )
     if accuracy < config.min_teacher_accuracy:
         raise InputError(

@@ -399,6 +399,48 @@ def test_targets_pass_through_validation_and_streams():
     )
 
 
+@pytest.mark.parametrize("kind", ["tensorflow", "torch", "generator"])
+def test_any_data_that_keras_takes(kind):
+    x, y = small.images()
+    expected, _ = train({}, x, y)
+    if kind == "tensorflow":
+        tf = pytest.importorskip("tensorflow")
+        stream = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    elif kind == "torch":
+        torch = pytest.importorskip("torch")
+        # A loader of its own shuffles; this one must not, to be comparable.
+        pairs = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+        stream = torch.utils.data.DataLoader(pairs, batch_size=4)
+    else:
+
+        def batches():
+            while True:
+                for start in range(0, len(x), 4):
+                    yield x[start : start + 4], y[start : start + 4]
+
+        stream = batches()
+    keras.utils.set_random_seed(3)
+    history = make().fit(stream, epochs=2, steps_per_epoch=3 if kind == "generator" else None,
+                         verbose=0).history  # fmt: skip
+    for name, value in expected.items():
+        np.testing.assert_allclose(history[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_one_hot_labels_give_the_same_objective():
+    x, y = small.images(4)
+    losses = []
+    for loss, labels in (
+        (small.crossentropy(), y),
+        (keras.losses.CategoricalCrossentropy(from_logits=True), np.eye(3, dtype="float32")[y]),
+        (lambda y, z: keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True), y),
+    ):
+        keras.utils.set_random_seed(8)
+        distiller = make(compile_options={"metrics": []})
+        distiller.compile("sgd", loss=loss)
+        losses.append(float(distiller.train_on_batch(x, labels, return_dict=True)["loss"]))
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
 @keras.saving.register_keras_serializable("tests")
 class MovingAverage(dskd_keras.weighting.Weighting):
     def build(self, shape):
