@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from dskd_keras import graph, heads
+from dskd_keras import graph, heads, labels
 from dskd_keras.callbacks import ProgressLine
 from dskd_keras.errors import InputError
 from dskd_keras.losses import (
@@ -116,9 +116,9 @@ class Distiller(keras.Model):
         graph.check_classifier("student", student)
         if teacher is not None:
             graph.check_classifier("teacher", teacher)
-            _check_compatible(teacher, student)
+            graph.check_pair(teacher, student)
         # Inputs go to the student as they come: casting them is its first layer's business.
-        kwargs.setdefault("dtype", _policy(student))
+        kwargs.setdefault("dtype", graph.precision(student))
         super().__init__(name=name, autocast=False, **kwargs)
 
         self.student = student
@@ -210,10 +210,11 @@ class Distiller(keras.Model):
         Raises:
             InputError: The compiled loss expects probabilities, or labels are outside the classes.
         """
-        self._check_loss()
+        if self.compiled and (self.label_weight or self.loss is not None):
+            labels.check_loss(self.loss)
         label = y.label if isinstance(y, Targets) else y
         if isinstance(label, np.ndarray):
-            self._check_labels(label)
+            labels.check_range(label, self.loss, self.student.outputs[0].shape[-1])
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = [] if callbacks is None else [*keras.tree.flatten(callbacks)]
             if verbose != 0 and not any(
@@ -275,7 +276,9 @@ class Distiller(keras.Model):
             return ops.matmul(weights, ops.stack(values))
 
         if self.label_weight:
-            values = self._label_loss(label, logits)
+            if label is None:
+                raise InputError(f"y: no labels, but label_weight={self.label_weight} needs them.")
+            values = labels.per_image_loss(self.loss, label, logits)
             means["label_loss"] = batch_mean(values)
             terms.append(self.label_weight * values)
         if teacher is not None:
@@ -402,68 +405,6 @@ class Distiller(keras.Model):
                     names += [f"deep_{kind}_{what}/{layer}" for layer in self.student_layers]
         return names
 
-    def _label_loss(self, label, logits):
-        """Returns the compiled loss for each image, `[B]`."""
-        if label is None:
-            raise InputError(f"y: no labels, but label_weight={self.label_weight} needs them.")
-        loss = self._check_loss()
-        if isinstance(loss, keras.losses.Loss):
-            label = keras.tree.map_structure(
-                lambda value: ops.convert_to_tensor(value, dtype=loss.dtype), label
-            )
-            values = loss.call(label, logits)
-        else:
-            values = loss(label, logits)
-        rank = len(values.shape)
-        if rank == 0:
-            raise InputError(
-                f"loss: {loss!r} gives one value for the whole batch; one for each image is needed."
-            )
-        return values if rank == 1 else ops.mean(values, axis=tuple(range(1, rank)))
-
-    def _check_loss(self):
-        """Returns the compiled loss as an object or function that gives one value an image."""
-        if self.loss is None:
-            if self.label_weight and self.compiled:
-                raise InputError(
-                    f"loss: None, but label_weight={self.label_weight} needs one: compile(loss="
-                    "keras.losses.SparseCategoricalCrossentropy(from_logits=True))."
-                )
-            return None
-        if isinstance(self.loss, (list, tuple, dict)):
-            raise InputError("loss should be a single loss: the student has one output.")
-        loss = keras.losses.get(self.loss)
-        name = getattr(loss, "name", None) or getattr(loss, "__name__", "")
-        # Of Keras's losses those that take probabilities unless told otherwise have this switch;
-        # a bare function or name can't be told.
-        from_logits = getattr(loss, "from_logits", None)
-        if from_logits is False or (from_logits is None and _is_keras_crossentropy(loss)):
-            raise InputError(
-                f"loss: '{name}' expects probabilities, but the student gives logits. Use the "
-                "class with from_logits=True, e.g. "
-                "keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
-            )
-        if getattr(loss, "reduction", "mean") not in ("sum_over_batch_size", "mean"):
-            raise InputError(
-                f"loss: reduction={loss.reduction!r}, but every term of the objective is averaged "
-                "alike: reduction='sum_over_batch_size', Keras's default."
-            )
-        return loss
-
-    def _check_labels(self, label):
-        loss = self.loss
-        if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or not label.size:
-            return
-        if loss.ignore_class is not None:
-            return
-        classes = self.student.outputs[0].shape[-1]
-        lowest, highest = label.min(), label.max()
-        if lowest < 0 or highest >= classes:
-            wrong = lowest if lowest < 0 else highest
-            raise InputError(
-                f"y: label {wrong} is outside the student's {classes} classes, 0 to {classes - 1}."
-            )
-
     def _check_teacher_outputs(self, outputs):
         needed = [] if self.teacher is None else self.teacher.output_names
         missing = [name for name in needed if outputs is None or name not in outputs]
@@ -527,49 +468,8 @@ def _mean_over_replicas(values):
     return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
 
 
-def _is_keras_crossentropy(loss):
-    return getattr(loss, "__module__", "").startswith("keras.") and "crossentropy" in getattr(
-        loss, "__name__", ""
-    )
-
-
-def _policy(student):
-    """The student's precision, so that a float16 student's distiller gets its loss scaling."""
-    for layer in graph.all_layers(student):
-        if layer.compute_dtype == "float16":
-            return layer.dtype_policy
-    return student.dtype_policy
-
-
 def _names(field, names):
     names = (names,) if isinstance(names, str) else tuple(names or ())
     if len(set(names)) != len(names):
         raise InputError(f"{field} names a layer twice. Received: {', '.join(names)}.")
     return names
-
-
-def _check_compatible(teacher, student):
-    classes = [model.outputs[0].shape[-1] for model in (teacher, student)]
-    if classes[0] != classes[1]:
-        raise InputError(
-            f"teacher and student should have the same classes. teacher '{teacher.name}' gives "
-            f"{classes[0]} logits, student '{student.name}' {classes[1]}."
-        )
-    shapes = [[tuple(x.shape[1:]) for x in model.inputs] for model in (teacher, student)]
-    alike = len(shapes[0]) == len(shapes[1]) and all(
-        len(a) == len(b) and all(m == n or None in (m, n) for m, n in zip(a, b, strict=True))
-        for a, b in zip(*shapes, strict=False)
-    )
-    if not alike:
-        taken = [", ".join(map(str, of_model)) for of_model in shapes]
-        raise InputError(
-            f"teacher and student should take the same inputs. teacher '{teacher.name}' takes "
-            f"{taken[0]}, student '{student.name}' {taken[1]}."
-        )
-    frozen = {id(variable) for variable in teacher.variables}
-    for layer in graph.all_layers(student):
-        if any(id(variable) in frozen for variable in layer.variables):
-            raise InputError(
-                f"teacher and student share the weights of layer '{layer.name}'. The teacher is "
-                "frozen: give it weights of its own (keras.models.clone_model, set_weights)."
-            )

@@ -44,6 +44,42 @@ def check_classifier(role, model):
         )
 
 
+def check_pair(teacher, student):
+    """Raises `InputError` unless the models agree in classes and inputs and share no weights."""
+    classes = [model.outputs[0].shape[-1] for model in (teacher, student)]
+    if classes[0] != classes[1]:
+        raise InputError(
+            f"teacher and student should have the same classes. teacher '{teacher.name}' gives "
+            f"{classes[0]} logits, student '{student.name}' {classes[1]}."
+        )
+    shapes = [[tuple(x.shape[1:]) for x in model.inputs] for model in (teacher, student)]
+    alike = len(shapes[0]) == len(shapes[1]) and all(
+        len(a) == len(b) and all(m == n or None in (m, n) for m, n in zip(a, b, strict=True))
+        for a, b in zip(*shapes, strict=False)
+    )
+    if not alike:
+        taken = [", ".join(map(str, of_model)) for of_model in shapes]
+        raise InputError(
+            f"teacher and student should take the same inputs. teacher '{teacher.name}' takes "
+            f"{taken[0]}, student '{student.name}' {taken[1]}."
+        )
+    frozen = {id(variable) for variable in teacher.variables}
+    for layer in all_layers(student):
+        if any(id(variable) in frozen for variable in layer.variables):
+            raise InputError(
+                f"teacher and student share the weights of layer '{layer.name}'. The teacher is "
+                "frozen: give it weights of its own (keras.models.clone_model, set_weights)."
+            )
+
+
+def precision(student):
+    """Returns a student's dtype policy: float16, if any layer has it, needs loss scaling."""
+    for layer in all_layers(student):
+        if layer.compute_dtype == "float16":
+            return layer.dtype_policy
+    return student.dtype_policy
+
+
 def all_layers(model):
     """Yields a model's layers and those of its nested models."""
     for layer in model.layers:

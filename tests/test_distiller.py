@@ -571,7 +571,7 @@ def test_bad_models():
     [
         ("sparse_categorical_crossentropy", "expects probabilities, but the student gives logits"),
         (keras.losses.CategoricalCrossentropy(), "expects probabilities"),
-        (None, "loss: None, but label_weight=1.0 needs one"),
+        (None, "loss: None, but label_weight needs one"),
         (
             keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum"),
             "reduction='sum', but every term",
