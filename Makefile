@@ -7,9 +7,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 demo: .venv/ready
 	$(VENV)/python train.py --pair resnet20_resnet8
-	$(VENV)/python -c "import sys; sys.modules['dskd_keras'] = None; import keras; \
-		keras.models.load_model('runs/resnet20_resnet8/dskd/seed-0/student.keras').summary(); \
-		print('The student loads without dskd_keras.')"
+	@$(VENV)/python -c "import sys; sys.modules['dskd_keras'] = None; import keras; \
+		student = keras.models.load_model('runs/resnet20_resnet8/dskd/seed-0/student.keras'); \
+		print('Loaded again without dskd_keras:', student.name, student.input_shape, '->', \
+		student.output_shape)"
 
 test: .venv/ready
 	$(VENV)/ruff check .
