@@ -52,13 +52,6 @@ def run(config, console=None):
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     _check_names(config)
     folders = {seed: config.folder() / config.method / f"seed-{seed}" for seed in config.seeds}
-    finished = {
-        seed: result
-        for seed, folder in folders.items()
-        if (result := _finished_result(config, folder)) is not None
-    }
-    for folder in folders.values():
-        artifacts.check_writable("run_dir", folder)
     dataset = data.load(
         config.dataset,
         data_dir=config.data_dir,
@@ -69,6 +62,13 @@ def run(config, console=None):
     console.print(_describe(dataset))
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     _distiller(config, _teacher_architecture(config, dataset), _student(config, dataset))
+    finished = {
+        seed: result
+        for seed, folder in folders.items()
+        if (result := _finished_result(config, folder)) is not None
+    }
+    for folder in folders.values():
+        artifacts.check_writable("run_dir", folder)
 
     teacher, results = None, []
     if config.method != "ce":
@@ -444,6 +444,10 @@ def _finished_result(config, folder):
         return None
     except OSError as error:
         raise InputError(f"run_dir: can't read '{folder}': {error.strerror}.") from None
+    except yaml.YAMLError:
+        known = None
+    if not isinstance(known, dict):
+        raise InputError(f"run_dir: '{folder}/config.yaml' is damaged. Choose another --run_dir.")
     wanted = dataclasses.asdict(config)
     differences = [
         f"{field}: {known.get(field)!r} there, {wanted[field]!r} here"
