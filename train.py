@@ -7,12 +7,28 @@ from pathlib import Path
 # TensorFlow greets with a dozen lines about the processor; they would bury the first error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from dskd_keras.config import ExperimentConfig, parse
-from dskd_keras.errors import InputError
+_BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def main(argv=None):
     """Runs the command and returns its exit status."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend not in _BACKENDS:
+        return _fail(f"KERAS_BACKEND: unknown name {backend!r}. Choices: {', '.join(_BACKENDS)}.")
+    try:
+        # Here and not above: Ctrl-C while the backend is being imported ends the command quietly.
+        from dskd_keras import experiment
+        from dskd_keras.config import ExperimentConfig, parse
+        from dskd_keras.errors import InputError
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name != backend:
+            raise
+        return _fail(
+            f"KERAS_BACKEND: {backend!r} is not installed. Install it, or set KERAS_BACKEND to "
+            "another of " + ", ".join(_BACKENDS) + "."
+        )
     try:
         config = parse(
             ExperimentConfig,
@@ -20,15 +36,17 @@ def main(argv=None):
             configs=Path(__file__).parent / "configs",
             command="train.py",
         )
-        from dskd_keras import experiment
-
         experiment.run(config)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -56,19 +56,16 @@ def read_notes(path):
         return json.loads(archive.read(_NOTES)) if _NOTES in archive.namelist() else {}
 
 
-def load_model(field, path, architecture):
-    """Loads a model, or weights for a known architecture.
+def load_weights(field, path, architecture):
+    """Loads a model's weights.
 
     Args:
         field: The setting that named the file, for errors.
-        path: A `.keras` file of a whole model, or `.weights.h5` with weights for `architecture`.
-        architecture: The model that takes the weights of a `.weights.h5`.
-
-    Returns:
-        The loaded model; `architecture` itself for weights.
+        path: A `.keras` file of the same architecture, or a `.weights.h5`.
+        architecture: The model that takes the weights.
 
     Raises:
-        InputError: The file is missing, of another kind, damaged, or fits another model.
+        InputError: The file is missing, of another kind, damaged, or holds another model.
     """
     path = Path(path)
     if not path.name.endswith((".keras", ".weights.h5")):
@@ -78,17 +75,38 @@ def load_model(field, path, architecture):
     try:
         if path.suffix == ".keras":
             _check_archive(path)
-            return keras.models.load_model(path, compile=False)
-        with warnings.catch_warnings():
-            # Keras passes over what it can't find in the file: those weights would stay random.
-            warnings.filterwarnings("error", message="Skipping")
-            architecture.load_weights(path)
-        return architecture
+            loaded = keras.models.load_model(path, compile=False)
+        else:
+            loaded = architecture
+            with warnings.catch_warnings():
+                # Keras passes over what the file lacks: those weights would stay random.
+                warnings.filterwarnings("error", message="Skipping")
+                architecture.load_weights(path)
     except Exception as error:  # Keras, h5py and zipfile raise all kinds for a bad file
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "damaged")
+        if reason.startswith("Skipping"):
+            reason = "it holds the weights of other layers."
         raise InputError(
             f"{field}: can't load '{path}' for {architecture.name}: {reason}"
         ) from None
+    shapes, expected = (
+        [tuple(weight.shape) for weight in model.weights] for model in (loaded, architecture)
+    )
+    if shapes != expected:
+        raise InputError(
+            f"{field}: '{path}' holds {_describe(loaded)}, where {_describe(architecture)} is "
+            "expected."
+        )
+    if loaded is not architecture:
+        architecture.set_weights(loaded.get_weights())
+
+
+def _describe(model):
+    try:
+        (inputs,), (outputs,) = model.inputs, model.outputs
+    except (AttributeError, TypeError, ValueError):
+        return f"a {type(model).__name__} '{model.name}'"
+    return f"'{model.name}' from {tuple(inputs.shape[1:])} to {outputs.shape[-1]} classes"
 
 
 def _aside(path, suffix):

@@ -1,5 +1,6 @@
 """The model that trains a student under a frozen teacher."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import keras
@@ -8,7 +9,7 @@ from keras import ops
 
 from dskd_keras import graph, heads, labels
 from dskd_keras.callbacks import ProgressLine
-from dskd_keras.errors import InputError
+from dskd_keras.errors import InputError, unknown_name
 from dskd_keras.losses import (
     FeatureMeanSquaredError,
     KLDivergence,
@@ -25,7 +26,8 @@ class Targets(NamedTuple):
     Attributes:
         label: The labels as `fit` got them, or None.
         teacher: The teacher's outputs for the same images: a dict with `"logits"` `[B, C]` and
-            `"features"` (channels last), each where a term needs it; None where none does.
+            `"features"` (channels last), each where a term needs it; None where none does, or
+            where `fit` is to run the teacher.
     """
 
     label: Any
@@ -113,6 +115,8 @@ class Distiller(keras.Model):
         name=None,
         **kwargs,
     ):
+        for argument in kwargs.keys() - {"dtype", "trainable"}:
+            raise unknown_name("Distiller argument", argument, _ARGUMENTS)
         graph.check_classifier("student", student)
         if teacher is not None:
             graph.check_classifier("teacher", teacher)
@@ -158,8 +162,10 @@ class Distiller(keras.Model):
 
         # Two copies, since a strategy with a state must not mix the two kinds of loss.
         strategy = get_weighting(weighting)
-        self.prediction_weighting = type(strategy).from_config(strategy.get_config())
-        self.feature_weighting = type(strategy).from_config(strategy.get_config())
+        self.prediction_weighting, self.feature_weighting = (
+            type(strategy).from_config({**strategy.get_config(), "name": name})
+            for name in ("prediction_weighting", "feature_weighting")
+        )
         self.student_with_heads = heads.attach(
             student,
             supervised,
@@ -213,8 +219,21 @@ class Distiller(keras.Model):
         if self.compiled and (self.label_weight or self.loss is not None):
             labels.check_loss(self.loss)
         label = y.label if isinstance(y, Targets) else y
+        # What can be seen of arrays is said here; of a stream only the first step can say it.
+        if isinstance(x, np.ndarray):
+            self._check_label_is_there(label)
+        if isinstance(y, Targets) and y.teacher is not None:
+            self._check_teacher_outputs(y.teacher)
         if isinstance(label, np.ndarray):
             labels.check_range(label, self.loss, self.student.outputs[0].shape[-1])
+        if y is None and kwargs.get("sample_weight") is not None:
+            # Without any `y` Keras drops the weights and says nothing.
+            y = Targets(None, None)
+        if isinstance(y, Targets) and kwargs.get("class_weight") is not None:
+            raise InputError(
+                "class_weight can't be combined with Targets. Give the weight of each image as "
+                "sample_weight."
+            )
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = [] if callbacks is None else [*keras.tree.flatten(callbacks)]
             if verbose != 0 and not any(
@@ -234,9 +253,11 @@ class Distiller(keras.Model):
         """
         *state, data = args
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if not isinstance(y, Targets):
-            y = Targets(y, self._run_teacher(x, *state))
-        return super().train_step(*state, (x, y, sample_weight))
+        label, outputs = y if isinstance(y, Targets) else (y, None)
+        if outputs is None:
+            outputs = self._run_teacher(x, *state)
+        y = Targets(label, outputs)
+        return super().train_step(*state, (x, y, _of_image(sample_weight)))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Returns the objective in a training step, the compiled loss on the labels elsewhere.
@@ -253,7 +274,7 @@ class Distiller(keras.Model):
             label = y.label if isinstance(y, Targets) else y
             if self.loss is None or label is None:
                 return ops.zeros(()) + sum(ops.sum(loss) for loss in self.losses)
-            return super().compute_loss(x, label, y_pred, sample_weight, training)
+            return super().compute_loss(x, label, y_pred, _of_image(sample_weight), training)
 
         if sample_weight is not None:
             sample_weight = ops.reshape(ops.cast(sample_weight, keras.config.floatx()), (-1,))
@@ -273,11 +294,11 @@ class Distiller(keras.Model):
             ):
                 means[f"deep_{kind}_loss/{layer}"] = mean
                 means[f"deep_{kind}_allocation/{layer}"] = weight
+            means[f"deep_{kind}_loss"] = ops.sum(weights * means_by_layer)
             return ops.matmul(weights, ops.stack(values))
 
         if self.label_weight:
-            if label is None:
-                raise InputError(f"y: no labels, but label_weight={self.label_weight} needs them.")
+            self._check_label_is_there(label)
             values = labels.per_image_loss(self.loss, label, logits)
             means["label_loss"] = batch_mean(values)
             terms.append(self.label_weight * values)
@@ -317,7 +338,7 @@ class Distiller(keras.Model):
         if not isinstance(y_pred, heads.Outputs):
             if label is None:
                 return self.get_metrics_result()
-            return super().compute_metrics(x, label, y_pred, sample_weight)
+            return super().compute_metrics(x, label, y_pred, _of_image(sample_weight))
         logs = (
             self.get_metrics_result()
             if label is None
@@ -399,11 +420,16 @@ class Distiller(keras.Model):
         if self.prediction_weight:
             names.append("prediction_loss")
         kinds = [("prediction", deep_predictions), ("feature", deep_features)]
+        names += [f"deep_{kind}_loss" for kind, used in kinds if used]
         for what in ("loss", "allocation"):
             for kind, used in kinds:
                 if used:
                     names += [f"deep_{kind}_{what}/{layer}" for layer in self.student_layers]
         return names
+
+    def _check_label_is_there(self, label):
+        if label is None and self.label_weight:
+            raise InputError(f"y: no labels, but label_weight={self.label_weight} needs them.")
 
     def _check_teacher_outputs(self, outputs):
         needed = [] if self.teacher is None else self.teacher.output_names
@@ -452,6 +478,13 @@ class _TermMeans(keras.metrics.Metric):
         return dict(zip(self.names, ops.unstack(means), strict=True))
 
 
+def _of_image(sample_weight):
+    """Undoes what Keras makes of `sample_weight` beside `Targets`: a copy for every leaf."""
+    if isinstance(sample_weight, Targets):
+        return next(leaf for leaf in keras.tree.flatten(sample_weight) if leaf is not None)
+    return sample_weight
+
+
 def _full_precision(x):
     return ops.cast(x, keras.config.floatx())
 
@@ -473,3 +506,7 @@ def _names(field, names):
     if len(set(names)) != len(names):
         raise InputError(f"{field} names a layer twice. Received: {', '.join(names)}.")
     return names
+
+
+# Without `self` and `kwargs`.
+_ARGUMENTS = list(inspect.signature(Distiller.__init__).parameters)[1:-1]

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# A model can have hundreds of layers.
+_MOST_CHOICES = 50
+
 
 class InputError(ValueError):
     """A setting, a model or a data set that can't be used.
@@ -27,6 +30,7 @@ def unknown_name(field: str, value: object, choices: Iterable[str]) -> InputErro
     by_folded = {choice.casefold(): choice for choice in choices}
     close = difflib.get_close_matches(str(value).casefold(), list(by_folded), n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(by_folded[name]) for name in close)}?" if close else ""
-    return InputError(
-        f"{field}: unknown name {value!r}.{hint} Choices: {', '.join(choices) or 'none'}."
-    )
+    shown = ", ".join(choices[:_MOST_CHOICES]) or "none"
+    if len(choices) > _MOST_CHOICES:
+        shown += f", … and {len(choices) - _MOST_CHOICES} more"
+    return InputError(f"{field}: unknown name {value!r}.{hint} Choices: {shown}.")

@@ -67,19 +67,22 @@ def run(config, console=None):
         for seed, folder in folders.items()
         if (result := _finished_result(config, folder)) is not None
     }
-    for folder in folders.values():
-        artifacts.check_writable("run_dir", folder)
+    artifacts.check_writable("run_dir", config.folder() / config.method)
 
-    teacher, results = None, []
-    if config.method != "ce":
-        teacher, result = _obtain_teacher(config, dataset, console)
-        results.append(result)
+    teacher, of_teacher, students = None, None, []
+    if config.method != "ce" and len(finished) < len(folders):
+        teacher, of_teacher = _obtain_teacher(config, dataset, console)
     for seed, folder in folders.items():
         if seed in finished:
             console.print(f"Seed {seed} was finished before: {folder}")
-            results.append(finished[seed])
+            students.append(finished[seed])
         else:
-            results.append(_train_student(config, dataset, teacher, seed, folder, console))
+            students.append(
+                _train_student(config, dataset, teacher, of_teacher, seed, folder, console)
+            )
+    if of_teacher is None and students[0].teacher is not None:
+        of_teacher = report.RunResult(**students[0].teacher)
+    results = students if of_teacher is None else [of_teacher, *students]
     console.print(report.results_table(f"{dataset.name}, {config.method}", results))
     for folder in folders.values():
         console.print(f"Student: {folder / 'student.keras'}")
@@ -277,25 +280,26 @@ def _obtain_teacher(config, dataset, console):
     key = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6).hexdigest()
     cached = Path(config.teacher_dir) / f"{recipe['model']}-{Path(dataset.name).stem}-{key}.keras"
     result = {}
+    teacher = _teacher_architecture(config, dataset)
     if config.teacher_weights is not None:
         path = Path(config.teacher_weights)
-        teacher = artifacts.load_model(
-            "teacher_weights", path, _teacher_architecture(config, dataset)
-        )
+        artifacts.load_weights("teacher_weights", path, teacher)
     elif cached.is_file():
         path = cached
-        teacher = artifacts.load_model("teacher_dir", path, _teacher_architecture(config, dataset))
+        artifacts.load_weights("teacher_dir", path, teacher)
         result = artifacts.read_notes(path)["result"]
     else:
         path = cached
         artifacts.check_writable("teacher_dir", cached.parent)
         console.print(f"Training the teacher {config.teacher}", style="bold")
-        teacher, result = _train_teacher(config, dataset)
+        try:
+            teacher, result = _train_teacher(config, dataset)
+        except KeyboardInterrupt:
+            console.print("Interrupted. The teacher was not finished and is not kept.")
+            raise
         notes = {"recipe": recipe, "result": result, **_dataset_notes(dataset)}
         artifacts.save_model(teacher, cached, notes)
-    teacher.trainable = True  # a file may hold a frozen one, of which nothing would be counted
     parameters = _parameters(teacher)
-    _distiller(config, teacher, _student(config, dataset))  # a loaded model may be any
     accuracy = _test_accuracy(teacher, dataset)
     console.print(
         f"Teacher {teacher.name}: {100 * accuracy:.2f} % on the test set ({path})",
@@ -333,9 +337,10 @@ def _train_teacher(config, dataset):
     return distiller.student, result
 
 
-def _train_student(config, dataset, teacher, seed, folder, console):
+def _train_student(config, dataset, teacher, of_teacher, seed, folder, console):
     """Trains one student and writes everything of it into `folder`."""
     start = time.perf_counter()
+    artifacts.check_writable("run_dir", folder)
     console.print(f"Training the student {config.student} ({config.method}, seed {seed})",
                   style="bold")  # fmt: skip
     artifacts.write_text(
@@ -385,6 +390,7 @@ def _train_student(config, dataset, teacher, seed, folder, console):
         seconds=time.perf_counter() - start,
         epochs=config.epochs,
         seed=seed,
+        teacher=None if of_teacher is None else dataclasses.asdict(of_teacher),
         **_environment(),
     )
     artifacts.write_text(

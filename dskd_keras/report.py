@@ -24,6 +24,7 @@ class RunResult:
         seed: The run's seed.
         backend: Keras's backend.
         versions: Versions of the packages that computed it.
+        teacher: The `RunResult` of the student's teacher as a dict; None without one.
     """
 
     method: str
@@ -39,6 +40,7 @@ class RunResult:
     seed: int | None = None
     backend: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    teacher: dict | None = None
 
 
 def results_table(title, results):
@@ -64,9 +66,9 @@ def results_table(title, results):
             caption += f" best: after the epoch that is best on {held_out}."
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("model", "method"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("parameters", "accuracy %", "best %", "images/s", "seeds"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for (model, method), runs in groups.items():
         table.add_row(
             model,

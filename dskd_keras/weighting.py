@@ -50,6 +50,11 @@ class Weighting(keras.layers.Layer):
         infinite = ops.isinf(losses)
         # Strategies see finite values in any case: 0 · inf would turn both branches into NaN.
         weights = super().__call__(ops.where(infinite, ops.zeros_like(losses), losses))
+        if tuple(weights.shape) != tuple(losses.shape):
+            raise InputError(
+                f"weighting: {type(self).__name__}.call should give one weight a layer, "
+                f"{tuple(losses.shape)}. It gives {tuple(weights.shape)}."
+            )
         infinite = ops.cast(infinite, "float32")
         count = ops.sum(infinite)
         weights = ops.where(count > 0, infinite / ops.maximum(count, 1.0), weights)

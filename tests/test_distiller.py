@@ -38,8 +38,13 @@ def test_logs_of_fit_and_evaluate():
         for layer in LAYERS
     }
     assert set(history) == layerwise | {
-        "loss", "label_loss", "prediction_loss", "accuracy", "val_loss", "val_accuracy",
+        "loss", "label_loss", "prediction_loss", "deep_prediction_loss", "deep_feature_loss",
+        "accuracy", "val_loss", "val_accuracy",
     }  # fmt: skip
+    terms = ("label_loss", "prediction_loss", "deep_prediction_loss", "deep_feature_loss")
+    np.testing.assert_allclose(
+        np.sum([history[term] for term in terms], axis=0), history["loss"], rtol=1e-5
+    )
     assert all(len(values) == 2 and np.isfinite(values).all() for values in history.values())
     for kind in ("prediction", "feature"):
         shares = [history[f"deep_{kind}_allocation/{layer}"] for layer in LAYERS]
@@ -280,7 +285,9 @@ def test_round_trip_of_the_whole_distiller(tmp_path):
         small.values(loaded.teacher.variables), small.values(distiller.teacher.variables)
     )
     # Training goes on as if nothing had happened: heads, optimizer and compiled loss are there.
-    histories = [d.fit(x, y, shuffle=False, verbose=0).history for d in (distiller, loaded)]
+    histories = [
+        d.fit(x, y, batch_size=4, shuffle=False, verbose=0).history for d in (distiller, loaded)
+    ]
     for name, value in histories[0].items():
         assert histories[1][name] == pytest.approx(value, rel=1e-5), name
 
@@ -378,6 +385,32 @@ def test_targets_computed_beforehand_train_as_a_live_teacher_does(labels):
         np.testing.assert_allclose(results[1][0][name], value, rtol=1e-4)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_targets_with_sample_weight(labels):
+    x, y = small.images()
+    weight = np.linspace(0.0, 2.0, len(x)).astype("float32")
+    histories = []
+    for beforehand in (False, True):
+        keras.utils.set_random_seed(7)
+        (teacher, _), (student, _) = counted("teacher"), counted("student")
+        distiller = dskd_keras.Distiller(teacher, student, ["stage1"], label_weight=float(labels))
+        distiller.compile(keras.optimizers.SGD(0.1), loss=small.crossentropy() if labels else None)
+        given = y if labels else None
+        targets = distiller.targets(x, given) if beforehand else given
+        history = distiller.fit(
+            x, targets, sample_weight=weight, batch_size=4, shuffle=False, verbose=0
+        ).history
+        if labels:
+            history["test"] = distiller.evaluate(
+                x, targets, sample_weight=weight, verbose=0, return_dict=True
+            )["loss"]
+        histories.append(history)
+    for name, value in histories[0].items():
+        np.testing.assert_allclose(histories[1][name], value, rtol=1e-4)
+    with pytest.raises(dskd_keras.InputError, match="class_weight can't be combined with Targets"):
+        distiller.fit(x, distiller.targets(x, y), class_weight={0: 2.0}, verbose=0)
 
 
 def test_targets_pass_through_validation_and_streams():
@@ -511,6 +544,7 @@ BAD = [
     ({"student_layers": ["stage1", "stage1"]}, "student_layers names a layer twice"),
     ({"teacher_layer": "stge2"}, "teacher_layer: unknown name 'stge2'. Did you mean 'stage2'"),
     ({"teacher": None}, "teacher: None, but"),
+    ({"student_layer": ["stage1"]}, "unknown name 'student_layer'. Did you mean 'student_layers'"),
     ({"teacher": "resnet56"}, "teacher should be a keras.Model. Received: str"),
     (
         {"label_weight": 0, "prediction_weight": 0, "student_layers": []},

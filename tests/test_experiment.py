@@ -80,6 +80,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert metrics["best_epoch"] == 1 + int(np.argmax(accuracies))
     assert metrics["best_chosen_on"] == "test"
     assert metrics["images_per_second"] > 0
+    assert metrics["teacher"]["model"] == "resnet8" and metrics["teacher"]["epochs"] == 2
     assert metrics["backend"] == keras.backend.backend() and "keras" in metrics["versions"]
     student = models.create("resnet8", 3, (8, 8, 3))
     assert metrics["parameters"] == sum(int(np.prod(v.shape)) for v in student.trainable_variables)
@@ -124,11 +125,16 @@ def test_same_seed_same_numbers(finished, images, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_finished_run_is_kept(finished, images, capsys):
+def test_a_finished_run_is_kept(finished, images, tmp_path, capsys):
     student = finished / "run" / "dskd" / "seed-1" / "student.keras"
     before = student.stat().st_mtime_ns, student.read_bytes()
-    assert command(images, finished, "--seeds", 1) == 0
-    assert "Seed 1 was finished before" in capsys.readouterr().out
+    # The table shows the teacher that the run had; none is made, not even where it is gone.
+    flags = ["--seeds", 1, "--teacher_dir", tmp_path / "none"]
+    assert command(images, finished, *flags) == 0
+    printed = capsys.readouterr().out
+    accuracy = json.loads((student.parent / "metrics.json").read_text())["teacher"]["test_accuracy"]
+    assert "Seed 1 was finished before" in printed and f"{100 * accuracy:.2f}" in printed
+    assert not (tmp_path / "none").exists()
     assert command(images, finished, "--seeds", 1, "--temperature", 3) == 2
     message = capsys.readouterr().err
     assert "holds a run of another configuration (temperature: 4.0 there, 3.0 here)" in message
@@ -258,6 +264,11 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
     teacher.save_weights(tmp_path / "good.weights.h5")
     models.create("resnet14", 3, (8, 8, 3)).save_weights(tmp_path / "foreign.weights.h5")
     models.create("resnet8", 5, (8, 8, 3)).save(tmp_path / "five.keras")
+    models.create("resnet14", 3, (8, 8, 3)).save(tmp_path / "other.keras")
+    other = models.create("resnet14", 3, (8, 8, 3))
+    dskd_keras.Distiller(other, models.create("resnet8", 3, (8, 8, 3)), ["stage1"]).save(
+        tmp_path / "distiller.keras"
+    )
     (tmp_path / "text.keras").write_text("no model")
     (tmp_path / "text.weights.h5").write_text("no weights")
     (tmp_path / "short.keras").write_bytes(cached.read_bytes()[:-5000])
@@ -269,8 +280,10 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
         "text.weights.h5": "can't load",
         "short.keras": "can't load",
         "flipped.keras": "is damaged",
-        "foreign.weights.h5": "can't load",
-        "five.keras": "teacher 'resnet8' gives 5 logits, student 'resnet8' 3",
+        "foreign.weights.h5": "for resnet8: it holds the weights of other layers",
+        "five.keras": "holds 'resnet8' from (8, 8, 3) to 5 classes, where 'resnet8' from (8, 8, 3)",
+        "other.keras": "holds 'resnet14' from (8, 8, 3) to 3 classes, where 'resnet8'",
+        "distiller.keras": "holds a Distiller",
     }.items():
         assert command(images, tmp_path, "--teacher_weights", tmp_path / name) == 2, name
         error = capsys.readouterr().err.strip()
@@ -302,6 +315,19 @@ def test_bad_input_is_one_line_before_training(images, tmp_path, capsys, flags, 
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
     assert not (tmp_path / "teachers").exists()
+
+
+def test_bad_backends(tmp_path):
+    for backend, message in {
+        "jaxx": "error: KERAS_BACKEND: unknown name 'jaxx'. Choices: tensorflow, jax, torch.",
+        "jax": "error: KERAS_BACKEND: 'jax' is not installed.",
+    }.items():
+        script = "import sys; sys.modules['jax'] = None; import train; sys.exit(train.main([]))"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False,
+            env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
 
 
 def test_a_folder_that_cannot_be_written(images, tmp_path, capsys):

@@ -93,6 +93,7 @@ def reference(label, teacher, outputs, weight, tau, weighting):
             logs[f"deep_{kind}_loss/{name}"] = mean
             logs[f"deep_{kind}_allocation/{name}"] = share
             gradients[f"{kind}/{name}"] = add(share * WEIGHTS[f"deep_{kind}_weight"], *term)
+            logs[f"deep_{kind}_loss"] = logs.get(f"deep_{kind}_loss", 0) + share * mean
     return total, logs, gradients
 
 

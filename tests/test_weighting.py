@@ -68,5 +68,12 @@ def test_get():
         weighting.get("proportion")
     with pytest.raises(dskd_keras.InputError, match="Received: None"):
         weighting.get(None)
+
+    class Total(weighting.Weighting):
+        def call(self, losses):
+            return keras.ops.sum(losses)
+
+    with pytest.raises(dskd_keras.InputError, match=r"Total.call should give one weight a layer"):
+        allocate(Total(), [1.0, 2.0])
     with pytest.raises(dskd_keras.InputError, match="weighting temperature should be a positive"):
         weighting.Softmax(0.0)

@@ -96,8 +96,10 @@ def _read_npz(path):
     except FileNotFoundError as error:
         raise InputError(f"dataset: there is no file {path}.") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        # For whatever is no archive NumPy suggests to run the code in it.
+        reason = "it is none" if "pickle" in str(error) else one_line(error)
         raise InputError(
-            f"dataset: {path} can't be read as a .npz archive of plain arrays ({one_line(error)})."
+            f"dataset: {path} can't be read as a .npz archive of plain arrays ({reason})."
         ) from error
 
 
