@@ -1,5 +1,6 @@
 """From a configuration to a trained student and its report: the only place that wires the parts."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -301,9 +302,7 @@ def _obtain_teacher(config, dataset, console):
         artifacts.save_model(teacher, cached, notes)
     parameters = _parameters(teacher)
     accuracy = _test_accuracy(teacher, dataset)
-    console.print(
-        f"Teacher {teacher.name}: {100 * accuracy:.2f} % on the test set ({path})",
-    )
+    console.print(f"Teacher {teacher.name}: {100 * accuracy:.2f} % on the test set ({path})")
     if accuracy < config.min_teacher_accuracy:
         raise InputError(
             f"min_teacher_accuracy: the teacher '{path}' reaches {accuracy:.4f} on the test set, "
@@ -364,8 +363,10 @@ def _train_student(config, dataset, teacher, of_teacher, seed, folder, console):
     try:
         history, images_per_second = _fit(config, distiller, dataset, seed, callbacks)
     except KeyboardInterrupt:
-        _save_student(config, student, dataset, folder / "student.keras")
-        console.print(f"Interrupted. The student so far: {folder / 'student.keras'}")
+        # Before the first step is done a student has nothing to keep, and on JAX no values at all.
+        with contextlib.suppress(Exception):
+            _save_student(config, student, dataset, folder / "student.keras")
+            console.print(f"Interrupted. The student so far: {folder / 'student.keras'}")
         raise
     _save_student(config, student, dataset, folder / "student.keras")
     best_epoch = int(np.argmax(history["val_accuracy"]))
