@@ -16,7 +16,6 @@ from rich.console import Console
 
 from dskd_keras import artifacts, data, models, report, weighting
 from dskd_keras.callbacks import Throughput
-from dskd_keras.config import ExperimentConfig
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError, unknown_name
 from dskd_keras.optimizers import SGD
@@ -479,6 +478,3 @@ def _set_aside(folder):
     while (aside := folder.with_name(f"{folder.name}.unfinished-{attempt}")).exists():
         attempt += 1
     folder.rename(aside)
-
-
-__all__ = ["ExperimentConfig", "run"]
