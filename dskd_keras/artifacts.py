@@ -9,8 +9,11 @@ from pathlib import Path
 
 import keras
 
+from dskd_keras import models
 from dskd_keras.errors import InputError
 
+# Of PyTorch checkpoints; some projects publish theirs without any.
+_TORCH_SUFFIXES = (".pth", ".pt", ".tar", "")
 # A member of the .keras archive beside Keras's own, which Keras passes over when it loads.
 _NOTES = "dskd_keras.json"
 
@@ -61,15 +64,21 @@ def load_weights(field, path, architecture):
 
     Args:
         field: The setting that named the file, for errors.
-        path: A `.keras` file of the same architecture, or a `.weights.h5`.
+        path: A `.keras` file of the same architecture, a `.weights.h5`, or a PyTorch checkpoint.
         architecture: The model that takes the weights.
 
     Raises:
         InputError: The file is missing, of another kind, damaged, or holds another model.
     """
     path = Path(path)
+    if path.suffix in _TORCH_SUFFIXES:
+        models.load_torch_weights(architecture, path, field=field)
+        return
     if not path.name.endswith((".keras", ".weights.h5")):
-        raise InputError(f"{field}: '{path}' should be a .keras or a .weights.h5 file.")
+        raise InputError(
+            f"{field}: '{path}' should be a .keras or a .weights.h5 file, or a PyTorch checkpoint "
+            f"({', '.join(suffix or 'no suffix' for suffix in _TORCH_SUFFIXES)})."
+        )
     if not path.is_file():
         raise InputError(f"{field}: there is no file '{path}'.")
     try:

@@ -31,7 +31,7 @@ _METHODS = {
 _PLACES = ("pair", "data_dir", "run_dir", "teacher_dir", "seeds")
 
 # Part of a cached teacher's key: to be raised when the training of teachers changes.
-_TEACHER_RECIPE = 1
+_TEACHER_RECIPE = 2
 
 _EVALUATION_BATCH = 256
 

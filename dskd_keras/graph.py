@@ -152,6 +152,10 @@ def channels_last(tensor):
     return keras.layers.Permute((*range(2, rank), 1), dtype=tensor.dtype)(tensor)
 
 
+# What is left by a transposition from the one layout to the other.
+_LAYOUTS = {(2, 3, 1): "channels_last", (3, 1, 2): "channels_first"}
+
+
 def _data_format(tensor):
     """The layout of a map. Many layers have none of their own (a ReLU): it is that of the nearest
     convolution or pooling before it."""
@@ -159,7 +163,10 @@ def _data_format(tensor):
     for earlier in _backwards(tensor):
         if len(earlier.shape) != rank:
             break  # a reshape stands between: the layout on its other side says nothing here
-        data_format = getattr(_producer(earlier), "data_format", None)
+        producer = _producer(earlier)
+        if isinstance(producer, keras.layers.Permute) and tuple(producer.dims) in _LAYOUTS:
+            return _LAYOUTS[tuple(producer.dims)]
+        data_format = getattr(producer, "data_format", None)
         if data_format in ("channels_first", "channels_last"):
             return data_format
     return keras.config.image_data_format() if rank == 4 else "channels_last"

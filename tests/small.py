@@ -39,6 +39,12 @@ def crossentropy():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+def jit_compile(data_format):
+    """What `compile` needs: TensorFlow on many CPUs runs channels-first maps through XLA alone."""
+    first = data_format == "channels_first"
+    return True if first and keras.backend.backend() == "tensorflow" else "auto"
+
+
 def values(variables):
     """The variables' values, copied."""
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]

@@ -275,7 +275,8 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
     flip_a_byte(cached, tmp_path / "flipped.keras")
     for name, message in {
         "none.keras": "there is no file",
-        "teacher.pth": "should be a .keras or a .weights.h5 file",
+        "none.pth": "there is no file",
+        "teacher.txt": "should be a .keras or a .weights.h5 file, or a PyTorch checkpoint",
         "text.keras": "can't load",
         "text.weights.h5": "can't load",
         "short.keras": "can't load",
@@ -295,6 +296,31 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
     assert command(images, tmp_path, *flags) == 0
     assert f"Teacher resnet8: {100 * accuracy:.2f} % on the test set" in capsys.readouterr().out
     assert not (tmp_path / "teachers").exists()
+
+
+def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    (cached,) = (finished / "teachers").iterdir()
+    teacher = keras.models.load_model(cached)
+    tensors = {}
+    for layer in teacher.layers:
+        for kind, value in zip(
+            ("weight", "bias", "running_mean", "running_var"), layer.get_weights(), strict=False
+        ):
+            order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim, (0,))
+            key = f"{models.resnet.torch_module('resnet8', layer.name)}.{kind}"
+            tensors[key] = torch.from_numpy(value.transpose(order).copy())
+    torch.save({"epoch": 240, "model": tensors}, tmp_path / "ckpt_epoch_240.pth")
+    torch.save({"model": {"fc.bias": tensors["fc.bias"]}}, tmp_path / "student_best")
+    assert command(images, tmp_path, "--teacher_weights", tmp_path / "student_best") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: teacher_weights: ") and "\n" not in error
+    assert "does not fit resnet8; missing keys: conv1.weight, bn1.weight" in error
+
+    accuracy = experiment._test_accuracy(teacher, dskd_keras.data.load(str(images)))
+    flags = ["--teacher_weights", tmp_path / "ckpt_epoch_240.pth", "--epochs", 1]
+    assert command(images, tmp_path, *flags) == 0
+    assert f"Teacher resnet8: {100 * accuracy:.2f} % on the test set" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,17 @@
-"""The zoo against the reference models: parameters, logits, initialisation, naming and saving."""
+"""The zoo: shapes, initialisation, naming, saving, training and errors."""
 
-import json
-import re
 import subprocess
 import sys
-import zlib
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import small
 
-from dskd_keras import models
+from dskd_keras import graph, models
 from dskd_keras.errors import InputError
 
-# Most tests take 100 classes and 3 channels: JAX compiles an initialiser for each new shape.
-REFERENCE = Path(__file__).parent / "reference"
-
-# Trainable parameters at 100 classes of the public PyTorch models.
-PARAMETERS = {
-    "resnet8": 83892,
-    "resnet14": 181108,
-    "resnet20": 278324,
-    "resnet32": 472756,
-    "resnet56": 861620,
-    "resnet110": 1736564,
-    "resnet8x4": 1233540,
-    "resnet32x4": 7433860,
-}
+# Most tests take 100 classes and 3 channels: JAX compiles a program for each new shape.
 
 
 @pytest.fixture
@@ -48,119 +32,74 @@ def count_parameters(model):
     return sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
 
 
-def reference_tensor(key, shape):
-    """The tensor of the reference models for a `state_dict` key: a function of the key alone."""
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    if key.endswith("running_var"):
-        value = rng.uniform(0.5, 1.5, shape)
-    elif key.endswith("running_mean"):
-        value = 0.1 * rng.standard_normal(shape)
-    elif len(shape) >= 2:
-        value = rng.standard_normal(shape) * np.sqrt(2.0 / np.prod(shape[1:]))
-    elif key.endswith("weight"):
-        value = rng.uniform(0.5, 1.5, shape)
-    else:
-        value = 0.1 * rng.standard_normal(shape)
-    return value.astype("float32")
-
-
-def torch_keys(layer):
-    """The `state_dict` keys of a layer's weights, in Keras's order."""
-    named = {"stem_conv": "conv1", "stem_bn": "bn1", "logits": "fc"}
-    in_block = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
-    match = re.fullmatch(r"stage(\d)_block(\d+)_(\w+)", layer.name)
-    if match:
-        stage, block, role = match.groups()
-        prefix = f"layer{stage}.{int(block) - 1}.{in_block.get(role, role)}"
-    else:
-        prefix = named[layer.name]
-    kinds = ["weight", "bias", "running_mean", "running_var"]
-    return [f"{prefix}.{kind}" for kind in kinds[: len(layer.weights)]]
-
-
-def load_reference_weights(model, reference):
-    shapes = {
-        key: tuple(shape)
-        for key, shape in reference["state_dict"]
-        if not key.endswith("num_batches_tracked")
-    }
-    for layer in model.layers:
-        if layer.weights:
-            values = [reference_tensor(key, shapes.pop(key)) for key in torch_keys(layer)]
-            values = [v.transpose(2, 3, 1, 0) if v.ndim == 4 else v.T for v in values]
-            layer.set_weights(values)
-    assert not shapes, f"not used: {list(shapes)}"
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_trainable_parameters_are_the_references(name):
-    assert count_parameters(models.create(name, 100, (32, 32, 3))) == PARAMETERS[name]
-
-
-def test_trainable_parameters_of_resnet44():
-    def conv_bn(size, inputs, outputs):
-        return size * size * inputs * outputs + 2 * outputs
-
-    expected = conv_bn(3, 3, 16) + 14 * conv_bn(3, 16, 16)
-    for inputs, outputs in [(16, 32), (32, 64)]:
-        expected += conv_bn(3, inputs, outputs) + 13 * conv_bn(3, outputs, outputs)
-        expected += conv_bn(1, inputs, outputs)
-    expected += (64 + 1) * 100
-    assert count_parameters(models.create("resnet44", 100, (32, 32, 3))) == expected
+@pytest.mark.parametrize(
+    ("name", "size", "stages"),
+    [
+        ("resnet14", (33, 21), [(33, 21, 16), (17, 11, 32), (9, 6, 64)]),
+        ("resnet18", (64, 64), [(64, 64, 64), (32, 32, 128), (16, 16, 256), (8, 8, 512)]),
+        ("wrn_16_2", (33, 21), [(33, 21, 32), (17, 11, 64), (9, 6, 128)]),
+        ("vgg8", (33, 21), [(33, 21, 64), (16, 10, 128), (8, 5, 256), (4, 2, 512), (4, 2, 512)]),
+        (
+            "vgg8",
+            (64, 64),
+            [(64, 64, 64), (32, 32, 128), (16, 16, 256), (8, 8, 512), (4, 4, 512)],
+        ),
+        ("MobileNetV2", (64, 64), [(32, 32, 12), (16, 16, 16), (8, 8, 48), (4, 4, 160)]),
+        ("ShuffleV1", (33, 21), [(17, 11, 240), (9, 6, 480), (5, 3, 960)]),
+        ("ShuffleV2", (33, 21), [(17, 11, 116), (9, 6, 232), (5, 3, 464)]),
+    ],
+)
+def test_shapes_follow_the_image(name, size, stages):
+    model = models.create(name, 7, (*size, 1))
+    assert model.input.shape == (None, *size, 1)
+    assert model.output.shape == (None, 7)
+    for stage, shape in enumerate(stages, start=1):
+        assert model.get_layer(f"stage{stage}").output.shape == (None, *shape)
+    assert f"stage{len(stages) + 1}" not in [layer.name for layer in model.layers]
+    assert len(model.get_layer("pool").output.shape) == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "data_format"),
-    [
-        ("resnet20", "channels_last"),
-        ("resnet20", "channels_first"),
-        ("resnet8x4", "channels_last"),
-    ],
+    ("name", "size"), [("resnet8", 8), ("wrn_16_1", 8), ("vgg8", 16), ("ShuffleV2", 16)]
 )
-def test_logits_and_features_are_the_references(name, data_format, request):
-    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype("float32")
-    if data_format == "channels_first":
-        request.getfixturevalue("channels_first")
-    else:
-        images = images.transpose(0, 2, 3, 1)
-    reference = json.loads((REFERENCE / f"{name}.json").read_text())
-    model = models.create(name, 100, images.shape[1:])
-    load_reference_weights(model, reference)
-
-    taps = ["stem_relu", "stage1", "stage2", "stage3", "pool", "logits"]
-    tapped = keras.Model(model.input, [model.get_layer(tap).output for tap in taps])
-    *features, logits = tapped.predict_on_batch(images)
-    expected = np.array(reference["logits"])
-    assert np.abs(logits - expected).max() / expected.std() < 1e-5
-    for feature, statistics in zip(features, reference["features"], strict=True):
-        if feature.ndim == 4 and data_format == "channels_last":
-            feature = feature.transpose(0, 3, 1, 2)
-        assert list(feature.shape) == statistics["shape"]
-        np.testing.assert_allclose(feature.mean(), statistics["mean"], rtol=1e-5)
-        np.testing.assert_allclose(feature.std(ddof=1), statistics["std"], rtol=1e-5)
+def test_smallest_image(name, size):
+    model = models.create(name, 100, (size, size, 3))
+    assert graph.last_feature_map(model).shape[1:3] == (2, 2)
+    with pytest.raises(InputError, match=rf"{name} takes .* at least {size},"):
+        models.create(name, 100, (size - 1, size, 3))
 
 
-def test_shapes_follow_the_image():
-    model = models.create("resnet14", 7, (33, 21, 1))
-    assert model.output.shape == (None, 7)
-    shapes = [model.get_layer(f"stage{stage}").output.shape[1:] for stage in (1, 2, 3)]
-    assert shapes == [(33, 21, 16), (17, 11, 32), (9, 6, 64)]
-    assert model.get_layer("pool").output.shape == (None, 64)
-    assert model.predict_on_batch(np.zeros((2, 33, 21, 1))).shape == (2, 7)
+LAST_MAPS = {
+    "resnet8": "stage3",
+    "ResNet50": "stage4",
+    "wrn_16_1": "final_relu",
+    "vgg8": "stage5",
+    "MobileNetV2": "head_relu",
+    "ShuffleV1": "stage3",
+    "ShuffleV2": "head_relu",
+}
 
 
-def test_smallest_image():
-    model = models.create("resnet8", 100, (8, 8, 3))
-    assert model.get_layer("stage3").output.shape == (None, 2, 2, 64)
+@pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in LAST_MAPS), ("vgg8", 64)])
+def test_maps_tell_their_layout(name, size, channels_first):
+    model = models.create(name, 100, (3, size, size))
+    # As where a saved model is loaded by a process with the other setting.
+    keras.config.set_image_data_format("channels_last")
+    last = graph.last_feature_map(model)
+    assert last.shape == model.get_layer(LAST_MAPS[name]).output.shape
+    for stage in ("stage1", "stage2", "stage3"):
+        first = model.get_layer(stage).output.shape
+        last = graph.channels_last(model.get_layer(stage).output)
+        assert last.shape == (None, *first[2:], first[1])
 
 
-def test_channels_first_names_the_format_in_every_layer(channels_first):
-    model = models.create("resnet8", 100, (3, 32, 32))
-    assert model.get_layer("stage2").output.shape == (None, 32, 16, 16)
+@pytest.mark.parametrize("name", LAST_MAPS)
+def test_channels_first_names_the_format_in_every_layer(name, channels_first):
+    model = models.create(name, 100, (3, 32, 32))
     for layer in model.layers:
         if hasattr(layer, "data_format"):
             assert layer.get_config()["data_format"] == "channels_first", layer.name
-        if isinstance(layer, keras.layers.BatchNormalization):
+        if isinstance(layer, (keras.layers.BatchNormalization, keras.layers.Concatenate)):
             assert layer.axis == 1
 
 
@@ -178,44 +117,93 @@ def test_layers_say_where_they_are():
         *found
     }
     assert found[-3:] == ["stage3", "pool", "logits"]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_model_is_of_keras_own_layers(name):
+    model = models.create(name, 100, (32, 32, 3))
+    assert model.name == name
     assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+    assert all(isinstance(operation, keras.Layer) for operation in model.operations)
+    # What a saved file says of the start, too, is Keras's own.
+    configs = [layer.get_config() for layer in model.layers]
+    kinds = [kind for config in configs for kind in config if kind.endswith("_initializer")]
+    assert kinds
+    for config in configs:
+        for kind in set(kinds) & set(config):
+            assert config[kind] is None or config[kind]["module"] == "keras.initializers"
 
 
 def test_names_are_found_without_regard_to_case():
     assert models.names()[:2] == ["resnet8", "resnet14"]
-    assert len(models.names()) == len({name.casefold() for name in models.names()}) >= 9
+    assert len(models.names()) == len({name.casefold() for name in models.names()}) >= 24
     assert models.create("ResNet8X4", 100, (32, 32, 3)).name == "resnet8x4"
+    assert models.create("resnet50", 100, (32, 32, 3)).name == "ResNet50"
 
 
-def test_initialisation_is_the_references():
+def fans(layer, kernel):
+    """`(fan_in, fan_out)` as the references count them, from a kernel's shape."""
+    height, width, inputs, filters = kernel.shape
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        return height * width, height * width * inputs
+    return height * width * inputs, height * width * filters
+
+
+# The references' convolutions: normal by fan_out with a bias of zero, or PyTorch's default. Their
+# linear layers: the standard deviation where it is not PyTorch's default, and whether a bias is.
+@pytest.mark.parametrize(
+    ("name", "normal", "linear_std", "zero_bias"),
+    [
+        ("resnet8x4", True, None, False),
+        ("wrn_16_2", True, None, True),
+        ("vgg8", True, 0.01, True),
+        ("MobileNetV2", True, 0.01, True),
+        ("MobileNetV2_tinyimagenet", False, None, False),
+        ("ShuffleV1", False, None, False),
+        ("ShuffleV2", False, None, False),
+    ],
+)
+def test_initialisation_is_the_references(name, normal, linear_std, zero_bias):
     keras.utils.set_random_seed(1)
-    model = models.create("resnet8x4", 100, (32, 32, 3))
+    model = models.create(name, 100, (32, 32, 3))
     for layer in model.layers:
         weights = [keras.ops.convert_to_numpy(weight) for weight in layer.weights]
-        if isinstance(layer, keras.layers.Conv2D):
-            height, width, _, filters = weights[0].shape
-            std = np.sqrt(2 / (height * width * filters))
-            # Five standard errors of an estimate from this many draws.
-            spread = 5 / np.sqrt(2 * weights[0].size)
-            assert abs(weights[0].std() / std - 1) < spread, layer.name
-            if weights[0].size > 10_000:  # a normal cut at two standard deviations has no tail
-                assert np.abs(weights[0]).max() > 3 * std, layer.name
-        elif isinstance(layer, keras.layers.BatchNormalization):
+        if isinstance(layer, keras.layers.BatchNormalization):
             for weight, value in zip(weights, [1, 0, 0, 1], strict=True):
                 np.testing.assert_array_equal(weight, value)
             assert (layer.epsilon, layer.momentum) == (1e-5, 0.9)
-        elif weights:
-            kernel, bias = weights
-            bound = 1 / np.sqrt(256)
-            assert 0.99 * bound < np.abs(kernel).max() <= bound
-            assert abs(kernel.std() / (bound / np.sqrt(3)) - 1) < 0.02
-            assert 0.8 * bound < np.abs(bias).max() <= bound
-    first = model.get_layer("stage1_block1_conv2").get_weights()[0]
-    again = models.create("resnet8x4", 100, (32, 32, 3))
-    assert not np.allclose(first, again.get_layer("stage1_block1_conv2").get_weights()[0])
+        elif weights and layer.name != "logits":
+            kernel, *bias = weights
+            fan_in, fan_out = fans(layer, kernel)
+            bound = fan_in**-0.5
+            std = np.sqrt(2 / fan_out) if normal else bound / np.sqrt(3)
+            # Five standard errors of an estimate from this many draws.
+            assert abs(kernel.std() / std - 1) < 5 / np.sqrt(2 * kernel.size), layer.name
+            if normal and kernel.size > 10_000:  # a normal cut at two deviations has no tail
+                assert np.abs(kernel).max() > 3 * std, layer.name
+            if not normal:
+                assert np.abs(kernel).max() <= bound
+            for values in bias:
+                assert np.abs(values).max() <= (0 if normal else bound)
+                assert normal or np.abs(values).max() > 0.5 * bound
+    kernel, bias = model.get_layer("logits").get_weights()
+    bound = kernel.shape[0] ** -0.5
+    assert abs(kernel.std() / (linear_std or bound / np.sqrt(3)) - 1) < 0.02
+    assert linear_std or 0.99 * bound < np.abs(kernel).max() <= bound
+    assert not bias.any() if zero_bias else 0.8 * bound < np.abs(bias).max() <= bound
+
+
+def test_a_seed_gives_the_same_weights_on_every_backend():
     keras.utils.set_random_seed(1)
-    again = models.create("resnet8x4", 100, (32, 32, 3))
-    np.testing.assert_array_equal(first, again.get_layer("stage1_block1_conv2").get_weights()[0])
+    model = models.create("resnet8", 100, (32, 32, 3))
+    kernel, again = (model.get_layer(f"stage1_block1_conv{i}").get_weights()[0] for i in (1, 2))
+    np.testing.assert_allclose(kernel[0, 0, 0, :3], SEEDED, rtol=1e-6)
+    assert not np.allclose(kernel, again)
+    other = models.create("resnet8", 100, (32, 32, 3))
+    assert not np.allclose(kernel, other.get_layer("stage1_block1_conv1").get_weights()[0])
+
+
+SEEDED = [0.02661044, -0.00200368, -0.18889585]
 
 
 def test_logits_are_float32_in_mixed_precision(mixed_policy):
@@ -239,30 +227,48 @@ def test_training_lowers_the_loss(data_format, request):
     model = models.create("resnet8", 100, images.shape[1:])
     model.compile(
         keras.optimizers.SGD(0.05, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        small.crossentropy(),
+        jit_compile=small.jit_compile(data_format),
     )
     labels = np.arange(16) % 2
     losses = model.fit(images, labels, batch_size=16, epochs=8, verbose=0).history["loss"]
     assert losses[-1] < 0.3 * losses[0]
 
 
+def test_every_weight_is_trained_through_grouped_convolutions():
+    images = np.random.default_rng(0).standard_normal((4, 16, 16, 3)).astype("float32")
+    model = models.create("ShuffleV1", 100, (16, 16, 3))
+    before = small.values(model.trainable_variables)
+    model.compile(keras.optimizers.SGD(0.01), small.crossentropy())
+    loss = model.train_on_batch(images, np.arange(4))
+    assert np.isfinite(loss)
+    for variable, old in zip(model.trainable_variables, before, strict=True):
+        assert np.abs(keras.ops.convert_to_numpy(variable) - old).max() > 0, variable.path
+
+
 def test_a_saved_model_loads_without_this_package(tmp_path):
-    model = models.create("resnet8", 100, (16, 16, 3))
-    for weight in model.non_trainable_weights:  # statistics other than a fresh model's
-        weight.assign(np.random.default_rng(1).uniform(0.5, 1.5, weight.shape))
-    model.save(tmp_path / "model.keras")
-    images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype("float32")
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype("float32")
     np.save(tmp_path / "images.npy", images)
+    expected = {}
+    for name in ("resnet8", "MobileNetV2", "ShuffleV2"):
+        model = models.create(name, 100, (32, 32, 3))
+        for weight in model.non_trainable_weights:  # statistics other than a fresh model's
+            weight.assign(np.random.default_rng(1).uniform(0.5, 1.5, weight.shape))
+        model.save(tmp_path / f"{name}.keras")
+        expected[name] = keras.ops.convert_to_numpy(model(images))
     script = """
-import sys
+import pathlib, sys
 sys.modules["dskd_keras"] = None  # the import of it fails
 import keras, numpy as np
-model = keras.models.load_model("model.keras")
-np.save("logits.npy", model.predict_on_batch(np.load("images.npy")))
+for path in pathlib.Path().glob("*.keras"):
+    model = keras.models.load_model(path)
+    logits = model(np.load("images.npy"))
+    np.save(path.with_suffix(".npy"), keras.ops.convert_to_numpy(logits))
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
-    expected = model.predict_on_batch(images)
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-5, atol=1e-5)
+    for name, logits in expected.items():
+        loaded = np.load(tmp_path / f"{name}.npy")
+        np.testing.assert_allclose(loaded, logits, rtol=1e-4, atol=1e-4 * logits.std())
 
 
 @pytest.mark.parametrize(

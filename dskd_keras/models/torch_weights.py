@@ -1,0 +1,195 @@
+"""Reading the PyTorch checkpoints that the projects of the literature publish."""
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from dskd_keras.errors import InputError
+from dskd_keras.models.zoo import FAMILIES
+
+# Where training scripts put the `state_dict` beside the optimizer's state and the epoch.
+_WRAPPERS = ("model", "state_dict")
+# `torch.nn.DataParallel` puts this before every key.
+_PARALLEL_PREFIX = "module."
+# Of each kind of difference, an error shows that many.
+_MOST_SHOWN = 8
+# What training scripts save beside tensors: their options and NumPy's numbers. Reading these runs
+# no code of the file; NumPy's module had another name before version 2.
+_SCALAR = np._core.multiarray.scalar
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+]
+
+
+def load_torch_weights(
+    model: keras.Model, path: str | os.PathLike, *, field: str = "path"
+) -> keras.Model:
+    """Loads a published PyTorch checkpoint into a model of the zoo.
+
+    It takes the files of RepDistiller, SimKD, SemCKD and mdistiller: a `state_dict`, or one under
+    `"model"` or `"state_dict"`, with or without `module.` before each key, from PyTorch of any
+    age, of tensors of any floating type on any device. Nothing in the file is executed: it is read
+    by `torch.load(weights_only=True)`. PyTorch has to be installed, whatever the Keras backend is.
+
+    Args:
+        model: A model made by `dskd_keras.models.create`, built for the checkpoint's number of
+            classes; its weights are overwritten. Where the checkpoint doesn't fit, none is.
+        path: The checkpoint, usually `.pth`.
+        field: What an error calls `path`, say `"teacher_weights"`. Defaults to `"path"`.
+
+    Returns:
+        The model given.
+
+    Raises:
+        InputError: PyTorch is not installed; the file is missing, damaged, no checkpoint, or would
+            need code to be run; the model is none of the zoo's; or the checkpoint is of another
+            architecture, with the missing keys, the unexpected keys and the shapes that differ.
+
+    Example:
+
+    ```python
+    teacher = dskd_keras.models.create("resnet110", num_classes=100, input_shape=(32, 32, 3))
+    dskd_keras.models.load_torch_weights(teacher, "resnet110_vanilla/ckpt_epoch_240.pth")
+    ```
+    """
+    if model.name not in FAMILIES:
+        raise InputError(
+            f"model: '{model.name}' is not a model of the zoo, whose layers have known names in "
+            "PyTorch. Make one with dskd_keras.models.create."
+        )
+    tensors = _state_dict(_read(field, path), f"{field}: '{path}'")
+    targets = dict(_targets(model))
+    _check_fit(f"{field}: '{path}' does not fit {model.name}", tensors, targets)
+    for key, (variable, arrange, _) in targets.items():
+        variable.assign(arrange(_to_numpy(tensors[key])))
+    return model
+
+
+def _read(field, path):
+    """Returns what is in the file, without running any code of it."""
+    if not os.path.isfile(path):
+        raise InputError(f"{field}: there is no file '{path}'.")
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{field}: '{path}' is read with PyTorch, which can't be imported ({error}). Install "
+            "torch, or give a .keras or a .weights.h5 file."
+        ) from None
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # PyTorch reads damaged tensors without a word.
+                if (damaged := archive.testzip()) is not None:
+                    raise OSError(f"'{damaged}' in it is damaged")
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f" It asks for {code[1]}." if code else ""
+        raise InputError(
+            f"{field}: '{path}' is no PyTorch checkpoint of tensors alone, or it is damaged."
+            f"{reason} Code in a file is never run."
+        ) from None
+    except Exception as error:  # PyTorch and zipfile raise all kinds for a bad file
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "damaged")
+        raise InputError(
+            f"{field}: can't read '{path}' as a PyTorch checkpoint: {reason}"
+        ) from None
+
+
+def _state_dict(content, where):
+    """Returns the tensors by key, from wherever in the checkpoint they are."""
+    import torch
+
+    wrapper = next(
+        (key for key in _WRAPPERS if isinstance(content, Mapping) and key in content), None
+    )
+    found = content if wrapper is None else content[wrapper]
+    if not isinstance(found, Mapping) or not all(map(torch.is_tensor, found.values())):
+        keys = f" with {_shown(list(content))}" if isinstance(content, Mapping) else ""
+        raise InputError(
+            f"{where} holds a {type(content).__name__}{keys}, where a state_dict is expected, "
+            f"alone or under {' or '.join(map(repr, _WRAPPERS))}."
+        )
+    tensors = {str(key).removeprefix(_PARALLEL_PREFIX): value for key, value in found.items()}
+    # How many batches the statistics saw: PyTorch needs it for a cumulative average alone.
+    return {key: value for key, value in tensors.items() if "num_batches_tracked" not in key}
+
+
+def _targets(model):
+    """Yields, for each key that a checkpoint of the model has, what it goes into.
+
+    Yields:
+        `(key, (variable, arrange, shape))`: the Keras variable, the function that brings PyTorch's
+        array into its layout, and the array's expected shape.
+    """
+    family = FAMILIES[model.name]
+    for layer in model.layers:
+        if not layer.weights:
+            continue
+        module = family.torch_module(model.name, layer.name)
+        for variable, key in zip(layer.weights, _WEIGHTS[: len(layer.weights)], strict=True):
+            arrange, shape = _ARRANGEMENTS.get(type(layer), (None, None))
+            if key != "weight" or arrange is None:
+                arrange, shape = np.asarray, tuple
+            yield f"{module}.{key}", (variable, arrange, shape(variable.shape))
+
+
+# In Keras's order, of a convolution and a linear layer (two) as of a batch normalisation (four).
+_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
+# From PyTorch's layout of a kernel to Keras's, and from Keras's shape to PyTorch's.
+_ARRANGEMENTS = {
+    keras.layers.Conv2D: (
+        lambda kernel: kernel.transpose(2, 3, 1, 0),
+        lambda shape: (shape[3], shape[2], shape[0], shape[1]),
+    ),
+    keras.layers.DepthwiseConv2D: (
+        lambda kernel: kernel.transpose(2, 3, 0, 1),
+        lambda shape: (shape[2], shape[3], shape[0], shape[1]),
+    ),
+    keras.layers.Dense: (
+        lambda kernel: kernel.reshape(kernel.shape[:2]).T,
+        lambda shape: (shape[1], shape[0]),
+    ),
+}
+
+
+def _check_fit(problem, tensors, targets):
+    """Raises `InputError` unless the checkpoint has the model's keys, with its shapes."""
+    differing = []
+    for key, (_, _, expected) in targets.items():
+        if key in tensors:
+            shape = tuple(tensors[key].shape)
+            # A classifier may be a 1×1 convolution there.
+            as_linear = shape[:2] if len(expected) == 2 and shape[2:] == (1, 1) else shape
+            if as_linear != expected:
+                differing.append(f"{key} {shape} for {expected}")
+    differences = {
+        "missing keys": [key for key in targets if key not in tensors],
+        "unexpected keys": [key for key in tensors if key not in targets],
+        "shapes that differ": differing,
+    }
+    if any(differences.values()):
+        listed = (f"{kind}: {_shown(keys)}" for kind, keys in differences.items())
+        raise InputError(f"{problem}; {'; '.join(listed)}.")
+
+
+def _shown(names):
+    shown = ", ".join(map(str, names[:_MOST_SHOWN])) or "none"
+    rest = len(names) - _MOST_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _to_numpy(tensor):
+    return tensor.detach().float().numpy()
