@@ -34,9 +34,11 @@ def load(
         dataset: `"digits"` (comes with scikit-learn, no download); a `.npz` file with `x_train`,
             `y_train`, `x_test`, `y_test`; a folder of class folders, or of `train` and `test` with
             class folders; or the name of a TFDS image-classification set, such as `"cifar100"`.
-            An existing folder goes before a TFDS name.
+            An existing folder of images goes before a TFDS name.
         data_dir: Folder of prepared TFDS data. Defaults to the environment variable
-            `TFDS_DATA_DIR`, then to TFDS's own default. Other sources don't use it.
+            `TFDS_DATA_DIR`, then to TFDS's own default. For `"tiny_imagenet"` it may also be
+            `tiny-imagenet-200.zip`, the folder that it extracts to, or a folder that has either.
+            Other sources don't use it.
         image_size: Height and width in pixels to which all images are resized, or `None` to keep
             them as they are.
         train_examples: Train on that many images only, with the classes balanced as they are in
@@ -86,7 +88,7 @@ def _load_all(dataset, data_dir, image_size):
     path = Path(name).expanduser()
     if path.suffix.lower() == ".npz":
         return sources.load_npz(path, image_size)
-    if path.is_dir():
+    if path.is_dir() and not _is_tfds_folder(path, name):
         return sources.load_folder(path, image_size)
     if path.is_absolute() or name.startswith((".", "~")):
         raise InputError(f"dataset: {name!r} is neither an existing folder nor a .npz file.")
@@ -94,6 +96,12 @@ def _load_all(dataset, data_dir, image_size):
     from dskd_keras.data import tfds
 
     return tfds.load_tfds(name, data_dir, image_size)
+
+
+def _is_tfds_folder(path, name):
+    # In a folder of TFDS data, "cifar100" is both the set's name and the folder that it is in.
+    patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
+    return name == path.name and any(any(path.glob(pattern)) for pattern in patterns)
 
 
 def _subset(labels, train_examples):

@@ -1,0 +1,350 @@
+"""Tiny ImageNet as a builder of TensorFlow Datasets, downloaded or read from a local copy.
+
+Importing this module registers the builder: `tfds.load("tiny_imagenet")` works from then on.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import tensorflow_datasets as tfds
+
+from dskd_keras.data.sources import one_line
+from dskd_keras.errors import InputError
+
+NAME = "tiny_imagenet"
+# Its size and its checksum are in checksums.tsv, where TFDS looks for them.
+_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_FOLDER = "tiny-imagenet-200"
+_SIDE = 64
+_OFFICIAL = {"train": 100_000, "validation": 10_000}
+_ANNOTATIONS = "val/val_annotations.txt"
+_LAYOUT = {"train": "train/CLASS/images", "validation": "val/images"}
+# The names of the 200 classes by WordNet id, in the order of their labels. They are fixed here, so
+# that no download is needed to know them and no archive gives a class another label.
+_CLASSES = dict(
+    line.split("\t")
+    for line in Path(__file__)
+    .with_name("tiny_imagenet_classes.tsv")
+    .read_text(encoding="utf-8")
+    .splitlines()
+)
+_LABELS = {class_id: label for label, class_id in enumerate(_CLASSES)}
+
+
+class TinyImagenet(tfds.core.GeneratorBasedBuilder):
+    """Tiny ImageNet: 64×64 photographs of 200 of ImageNet's classes.
+
+    The splits are `train` (500 images a class) and `validation` (50 a class). The official test
+    split is left out: its labels were never published. An example is a dictionary of `image`, uint8
+    `[64, 64, 3]`, and `label`, an integer below 200. Labels follow the sorted WordNet ids, as those
+    of torchvision's `ImageFolder` do, and with it those of published PyTorch models.
+
+    Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231N, Stanford University, 2015.
+
+    Args:
+        source: Path of the official zip archive or of the folder that it extracts to, or a
+            `Source`; it is read instead of the download. What was prepared from another source is
+            refused, never used in its place. With `tfds.load` it goes into `builder_kwargs`.
+        **kwargs: Those of `tfds.core.GeneratorBasedBuilder`, such as `data_dir`.
+
+    Raises:
+        InputError: Where `source` can't be read or doesn't have the official layout; in
+            `download_and_prepare` also where the data was prepared from another source, or an
+            image is damaged.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "The first release: splits train and validation."}  # noqa: RUF012
+
+    def __init__(self, *, source=None, **kwargs):
+        self.source = source if source is None or isinstance(source, Source) else Source(source)
+        super().__init__(**kwargs)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="64×64 photographs of 200 of ImageNet's classes. The official test split"
+            " has no public labels and is left out.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(_SIDE, _SIDE, 3), encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(names=list(_CLASSES.values())),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="http://cs231n.stanford.edu/",
+            citation="@techreport{le2015tiny,\n"
+            "  title={Tiny ImageNet Visual Recognition Challenge},\n"
+            "  author={Le, Ya and Yang, Xuan},\n"
+            "  institution={CS231N, Stanford University},\n"
+            "  year={2015}\n"
+            "}",
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def download_and_prepare(self, **kwargs):
+        """Downloads and prepares the data where it isn't there yet, as every builder does.
+
+        Args:
+            **kwargs: Those of `tfds.core.DatasetBuilder.download_and_prepare`.
+
+        Raises:
+            InputError: Where it is there, but from another source than the builder's, or the
+                source has a damaged image.
+        """
+        if self.source is None:
+            super().download_and_prepare(**kwargs)
+            return
+        if self.data_path.exists():
+            # By way of `items`, since `get` doesn't make TFDS read the file.
+            recorded = dict(self.info.metadata.items())
+            if recorded.get("fingerprint") != self.source.fingerprint:
+                raise InputError(
+                    f"data_dir: {self.data_dir} was prepared from"
+                    f" {recorded.get('source', 'an unknown source')}, whose images are not those of"
+                    f" {self.source.path}; remove the folder {self.data_dir} to prepare it anew."
+                )
+        # TFDS makes a folder for downloads even where there are none.
+        with tempfile.TemporaryDirectory() as unused:
+            super().download_and_prepare(**(kwargs | {"download_dir": unused}))
+
+    def _split_generators(self, dl_manager):
+        source = self.source or Source(dl_manager.download(_URL))
+        self.info.metadata.update(
+            source=str(source.path) if self.source else _URL, fingerprint=source.fingerprint
+        )
+        return {split: self._generate_examples(source, split) for split in source.labels}
+
+    def _generate_examples(self, source, split):
+        for name, image in source.read_images(split):
+            # Training and validation files have names of their own, and so the same order in
+            # every preparation.
+            example = {"image": image, "label": source.labels[split][name]}
+            yield PurePosixPath(name).name, example
+
+    def notes(self):
+        """Returns sentences on what the prepared data is, for those who read its numbers."""
+        counts = {split: self.info.splits[split].num_examples for split in _OFFICIAL}
+        if counts == _OFFICIAL:
+            return []
+        return [
+            f"a part of Tiny ImageNet: {counts['train']:,} of {_OFFICIAL['train']:,} training and"
+            f" {counts['validation']:,} of {_OFFICIAL['validation']:,} validation images"
+        ]
+
+
+class Source:
+    """A local copy of Tiny ImageNet: the zip archive, or the folder that it extracts to.
+
+    Args:
+        path: Path of either. The archive is read in place; nothing is extracted.
+
+    Attributes:
+        path: The absolute `pathlib.Path`.
+        labels: For each split, the label of each image by its name, such as
+            `"train/n01443537/images/n01443537_0.JPEG"`.
+        fingerprint: Hex string that stands for the images' names, sizes in bytes and labels. An
+            archive and what it extracts to have the same.
+
+    Raises:
+        InputError: Where it can't be read or doesn't have the official layout.
+    """
+
+    def __init__(self, path):
+        self.path = Path(os.path.abspath(os.path.expanduser(path)))
+        with self._open() as (sizes, read):
+            self.labels = {
+                "train": self._train_labels(sizes),
+                "validation": self._validation_labels(sizes, read),
+            }
+        digest = hashlib.blake2b(digest_size=8)
+        for split, labels in self.labels.items():
+            if not labels:
+                raise self._error(f"has no .JPEG images in {_LAYOUT[split]}")
+            for name, label in labels.items():
+                digest.update(repr((name, sizes[name], label)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def read_images(self, split):
+        """Yields the name and the contents, JPEG, of each image, sorted by name.
+
+        Args:
+            split: `"train"` or `"validation"`.
+
+        Raises:
+            InputError: Names the file that is not a whole JPEG image of 64×64 pixels.
+        """
+        with self._open() as (_, read):
+            for name in self.labels[split]:
+                content = read(name)
+                self._check_image(name, content)
+                yield name, content
+
+    @contextlib.contextmanager
+    def _open(self):
+        """Yields the sizes of the files in `train` and `val`, and a function that reads one."""
+        with contextlib.ExitStack() as stack:
+            if self.path.is_dir():
+                sizes, read_bytes = self._open_folder()
+            else:
+                sizes, read_bytes = self._open_zip(stack)
+
+            def read(name):
+                try:
+                    return read_bytes(name)
+                # A damaged archive leads zipfile to BadZipFile, zlib.error, EOFError and others.
+                except Exception as error:
+                    raise self._error(f"is damaged: {name} ({one_line(error)})") from error
+
+            yield dict(sorted(sizes.items())), read
+
+    def _open_folder(self):
+        def fail(error):
+            raise error
+
+        sizes = {}
+        try:
+            for part in ("train", "val"):
+                if not (self.path / part).is_dir():
+                    continue
+                for folder, _, files in os.walk(self.path / part, onerror=fail, followlinks=True):
+                    inside = Path(folder).relative_to(self.path).as_posix()
+                    for file in files:
+                        sizes[f"{inside}/{file}"] = os.path.getsize(os.path.join(folder, file))
+        except OSError as error:
+            raise self._error(f"can't be read ({one_line(error)})") from error
+        return sizes, lambda name: (self.path / name).read_bytes()
+
+    def _open_zip(self, stack):
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(self.path))
+        except FileNotFoundError as error:
+            raise InputError(f"data_dir: there is no file {self.path}.") from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise self._error(f"can't be read as a zip archive ({one_line(error)})") from error
+        members = {}
+        for member in archive.infolist():
+            # The names that they have in the folder that is extracted, whatever that is called.
+            inside = re.search(r"(?:^|/)((?:train|val)/.*[^/])$", member.filename)
+            if inside and not member.filename.startswith("__MACOSX/"):
+                members[inside[1]] = member
+        sizes = {name: member.file_size for name, member in members.items()}
+        return sizes, lambda name: archive.read(members[name])
+
+    def _train_labels(self, names):
+        labels = {}
+        for name in names:
+            match name.split("/"):
+                case ["train", class_id, "images", file] if _is_image(file):
+                    labels[name] = self._label(class_id, f"the folder train/{class_id}")
+        return labels
+
+    def _validation_labels(self, names, read):
+        # The images of all classes lie in one folder: only this file tells the classes apart.
+        if _ANNOTATIONS not in names:
+            raise self._error(f"has no {_ANNOTATIONS}")
+        annotated = {}
+        lines = read(_ANNOTATIONS).decode(errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            # The corners of a box follow the two.
+            file, class_id = (*line.split("\t"), "")[:2]
+            place = f"line {number} of {_ANNOTATIONS}"
+            annotated[f"val/images/{file}"] = self._label(class_id, place)
+        images = [
+            name
+            for name in names
+            if name.startswith("val/images/") and _is_image(name.removeprefix("val/images/"))
+        ]
+        for name in images:
+            if name not in annotated:
+                raise self._error(f"has {name} without a line in {_ANNOTATIONS}")
+        missing = [name for name in annotated if name not in names]
+        if images and missing:
+            raise self._error(f"lacks {missing[0]}, which has a line in {_ANNOTATIONS}")
+        return {name: annotated[name] for name in images}
+
+    def _label(self, class_id, place):
+        if class_id not in _LABELS:
+            raise self._error(
+                f"has the unknown class {class_id!r} in {place}; Tiny ImageNet's 200 are WordNet"
+                " ids such as 'n01443537'"
+            )
+        return _LABELS[class_id]
+
+    def _check_image(self, name, content):
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+                if image.size != (_SIDE, _SIDE):
+                    raise ValueError(f"it has {image.width}×{image.height} pixels")
+                image.load()
+        # A broken file leads Pillow's decoder to OSError, SyntaxError, struct.error and others.
+        except Exception as error:
+            raise self._error(
+                f"has {name}, which is no JPEG image of {_SIDE}×{_SIDE} pixels ({one_line(error)})"
+            ) from error
+
+    def _error(self, problem):
+        return InputError(f"data_dir: {self.path} {problem}.")
+
+
+def find(data_dir):
+    """Finds a local copy of Tiny ImageNet, and where the data prepared from it belongs.
+
+    That is the folder that holds the copy. Where it can't be written to, it is TFDS's own default:
+    the environment variable `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+
+    Args:
+        data_dir: The official zip archive; the folder that it extracts to; a folder that has
+            either under its official name, `tiny-imagenet-200.zip` or `tiny-imagenet-200`; or any
+            other folder of TFDS data; or `None`.
+
+    Returns:
+        The arguments `data_dir` and `source` of `TinyImagenet`; without a copy, `source` is `None`.
+
+    Raises:
+        InputError: Where there is no such file, or the copy doesn't have the official layout.
+    """
+    if data_dir is None:
+        return {"data_dir": None, "source": None}
+    # Made absolute first: "." has no parent.
+    path = Path(os.path.abspath(os.path.expanduser(data_dir)))
+    # The archive first: an extraction may have stopped half-way.
+    copies = [copy for copy in (path / f"{_FOLDER}.zip", path / _FOLDER) if copy.exists()]
+    is_archive = path.is_file() or (path.suffix.lower() == ".zip" and not path.is_dir())
+    if copies:
+        source, folder = copies[0], path
+    elif is_archive or any((path / part).exists() for part in ("wnids.txt", "train", "val")):
+        source, folder = path, path.parent
+    else:
+        source, folder = None, path
+    if source is None:
+        return {"data_dir": str(folder), "source": None}
+    defaults = (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets")
+    folders = [folder, *(Path(default).expanduser() for default in defaults if default)]
+    usable = (folder for folder in folders if _has_prepared(folder) or _is_writable(folder))
+    return {"data_dir": str(next(usable, folder)), "source": Source(source)}
+
+
+def _has_prepared(folder):
+    return (folder / NAME / str(TinyImagenet.VERSION)).is_dir()
+
+
+def _is_writable(folder):
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def _is_image(file):
+    # macOS leaves files like "._val_0.JPEG" beside the images.
+    return file.lower().endswith((".jpeg", ".jpg")) and not file.startswith(".")
