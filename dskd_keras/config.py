@@ -25,9 +25,12 @@ class ExperimentConfig:
         pair: Name of the file in configs/ that the other values came from.
         method: dskd supervises the student's shallow layers too, kd its output alone, ce trains it
             on the labels without a teacher.
-        dataset: digits, cifar100, the name of any image-classification set of TensorFlow Datasets,
-            an .npz file with x_train, y_train, x_test and y_test, or a folder of class folders.
-        data_dir: Where TensorFlow Datasets keeps its data. Default: TFDS_DATA_DIR, else its own.
+        dataset: digits, cifar100, tiny_imagenet, the name of any image-classification set of
+            TensorFlow Datasets, an .npz file with x_train, y_train, x_test and y_test, or a folder
+            of class folders.
+        data_dir: Where TensorFlow Datasets keeps its data; for tiny_imagenet also its zip archive,
+            the folder that it extracts to, or a folder with either. Default: TFDS_DATA_DIR, else
+            its own.
         image_size: Side in pixels to which all images are resized. Default: as they are.
         train_examples: Train on that many images only, the same share of every class.
         validation_fraction: Share of the training images held out to choose the best epoch.
@@ -54,7 +57,8 @@ class ExperimentConfig:
         nesterov: Whether the momentum is Nesterov's.
         weight_decay: Added to the gradient, as in PyTorch's SGD.
         seeds: A run for each; all share the teacher.
-        teacher_weights: A .keras or .weights.h5 file to load instead of training the teacher.
+        teacher_weights: A .keras or .weights.h5 file, or a published PyTorch checkpoint (.pth), to
+            load instead of training the teacher.
         teacher_epochs: Epochs of a teacher that has to be trained. Default: as many as the student.
         teacher_learning_rate: Of such a teacher. Default: the student's.
         teacher_seed: Seed of such a teacher.
@@ -159,7 +163,7 @@ class ExperimentConfig:
 def parse(config_class: type, argv: Sequence[str], configs: Path, command: str):
     """Reads a configuration from flags and YAML files.
 
-    `--pair NAME` reads `configs/NAME.yaml`, `--config FILE` any other file on top of it, and other
+    `--pair NAME`, in upper or lower case, reads `configs/NAME.yaml`, `--config FILE` any other file on top of it, and other
     flags come on top of both, in whatever order they are given.
 
     Args:
@@ -184,17 +188,20 @@ def parse(config_class: type, argv: Sequence[str], configs: Path, command: str):
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of these fields.")
     parser.add_class_arguments(config_class, as_group=False)
-    pair = _value_of("pair", argv)
-    if pair is not None:
-        pairs = sorted(path.stem for path in configs.glob("*.yaml"))
-        if pair not in pairs:
-            raise unknown_name("pair", pair, pairs)
+    wanted = _value_of("pair", argv)
+    if wanted is not None:
+        pairs = {path.stem.casefold(): path.stem for path in sorted(configs.glob("*.yaml"))}
+        pair = pairs.get(wanted.casefold())
+        if pair is None:
+            raise unknown_name("pair", wanted, pairs.values())
         parser.default_config_files = [str(configs / f"{pair}.yaml")]
     try:
         # A file read later would overrule the flags before it.
         values = parser.parse_args(_files_first(argv)).as_dict()
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise _one_line(config_class, str(error)) from None
+    if wanted is not None:
+        values["pair"] = pair  # as the file spells it
     fields = [field.name for field in dataclasses.fields(config_class)]
     return config_class(**{name: values[name] for name in fields})
 

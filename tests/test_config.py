@@ -29,6 +29,47 @@ def test_the_protocol_is_the_published_one():
     assert (config.temperature, config.min_teacher_accuracy) == (4.0, 0.72)
 
 
+PUBLISHED = {
+    "resnet110_resnet32": 0.05,
+    "resnet110_resnet20": 0.05,
+    "resnet56_resnet20": 0.05,
+    "resnet32x4_resnet8x4": 0.05,
+    "vgg13_vgg8": 0.05,
+    "wrn_40_2_wrn_40_1": 0.05,
+    "wrn_40_2_wrn_16_2": 0.05,
+    "ResNet50_vgg8": 0.05,
+    "vgg13_MobileNetV2": 0.01,
+    "ResNet50_MobileNetV2": 0.01,
+    "resnet32x4_ShuffleV1": 0.01,
+    "resnet32x4_ShuffleV2": 0.01,
+    "wrn_40_2_ShuffleV1": 0.01,
+}
+
+
+@pytest.mark.parametrize("pair", PUBLISHED)
+def test_the_learning_rates_are_the_published_ones(pair):
+    config = read("--pair", pair)
+    assert config.learning_rate == PUBLISHED[pair]
+    assert (config.teacher_learning_rate or config.learning_rate) == 0.05
+    assert (config.dataset, config.epochs, config.batch_size) == ("cifar100", 240, 64)
+    assert config.min_teacher_accuracy >= 0.7
+
+
+def test_the_protocol_of_tiny_imagenet():
+    for student in ("MobileNetV2_tinyimagenet", "ShuffleV2"):
+        config = read("--pair", f"resnet18_{student}")
+        assert (config.dataset, config.epochs, config.batch_size) == ("tiny_imagenet", 200, 256)
+        assert (config.learning_rate, config.teacher_learning_rate) == (0.2, None)
+        assert [round(share * config.epochs) for share in config.decay_at] == [60, 120, 160]
+
+
+def test_pairs_are_found_without_regard_to_case():
+    for argv in (["--pair", "resnet50_mobilenetv2"], ["--pair=RESNET50_MOBILENETV2"]):
+        config = read(*argv)
+        assert config.pair == "ResNet50_MobileNetV2"
+        assert config.folder() == Path("runs/ResNet50_MobileNetV2")
+
+
 def test_flags_overrule_files_in_any_order(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 7\nbatch_size: 16\n")
