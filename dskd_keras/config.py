@@ -163,8 +163,8 @@ class ExperimentConfig:
 def parse(config_class: type, argv: Sequence[str], configs: Path, command: str):
     """Reads a configuration from flags and YAML files.
 
-    `--pair NAME`, in upper or lower case, reads `configs/NAME.yaml`, `--config FILE` any other file on top of it, and other
-    flags come on top of both, in whatever order they are given.
+    `--pair NAME`, in upper or lower case, reads `configs/NAME.yaml`, `--config FILE` any other file
+    on top of it, and other flags come on top of both, in whatever order they are given.
 
     Args:
         config_class: `ExperimentConfig`, or a dataclass derived from it.

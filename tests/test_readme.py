@@ -1,10 +1,13 @@
-"""The README's code runs as it stands."""
+"""The documentation: its code runs as it stands, its tables are complete."""
 
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from dskd_keras import models
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +26,20 @@ def test_the_example_runs(tmp_path):
     assert (tmp_path / "student.keras").exists()
 
 
-def test_the_pairs_are_all_named():
+def test_the_pairs_are_all_named_with_the_figures_of_their_rows():
     text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", text, re.MULTILINE))
     for path in (ROOT / "configs").glob("*.yaml"):
         assert f"`{path.stem}`" in text
+        published = re.findall(r"\b\d\d\.\d\d\b", path.read_text().partition("Command:")[0])
+        assert published == re.findall(r"\d\d\.\d\d", rows.get(path.stem, ""))
+
+
+def test_the_models_are_all_documented():
+    text = (ROOT / "docs" / "models.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", text, re.MULTILINE))
+    assert list(rows) == models.names()
+    for name in ("resnet8", "ShuffleV2"):
+        model = models.create(name, 100, (32, 32, 3))
+        count = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+        assert rows[name] == f"{count:,}"
