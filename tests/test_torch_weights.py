@@ -234,6 +234,10 @@ def test_a_model_of_ones_own_is_refused(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="mine")
     with pytest.raises(InputError, match=r"^model: 'mine' is not a model of the zoo"):
         models.load_torch_weights(model, tmp_path / "x.pth")
+    torch.save({}, tmp_path / "x.pth")
+    wrapped = keras.Sequential([keras.Input((32, 32, 3)), create()], name="resnet8")
+    with pytest.raises(InputError, match=r"^model: 'resnet8' has a layer 'resnet8', which"):
+        models.load_torch_weights(wrapped, tmp_path / "x.pth")
 
 
 def test_pytorch_is_asked_for_where_it_is_absent(tmp_path, monkeypatch):

@@ -138,7 +138,13 @@ def _targets(model):
     for layer in model.layers:
         if not layer.weights:
             continue
-        module = family.torch_module(model.name, layer.name)
+        try:
+            module = family.torch_module(model.name, layer.name)
+        except KeyError:
+            raise InputError(
+                f"model: '{model.name}' has a layer '{layer.name}', which the zoo's {model.name} "
+                "lacks. Load the weights into an unchanged model of the zoo."
+            ) from None
         for variable, key in zip(layer.weights, _WEIGHTS[: len(layer.weights)], strict=True):
             arrange, shape = _ARRANGEMENTS.get(type(layer), (None, None))
             if key != "weight" or arrange is None:

@@ -29,8 +29,8 @@ def create(
 ) -> keras.Model:
     """Builds a model of the zoo with freshly initialised weights.
 
-    The weights are drawn from Keras's global generator: `keras.utils.set_random_seed` before the
-    call makes them reproducible.
+    `keras.utils.set_random_seed` before the call makes them reproducible, and the same on every
+    backend.
 
     Args:
         name: One of `names()`, in upper or lower case.
