@@ -3,6 +3,12 @@ PYTHON ?= python3
 VENV := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
+# TensorFlow and JAX spend the tests on compiling, one thread each. PyTorch's threads would fight.
+PARALLEL := -n 2 --dist loadfile
+# Tests of like models compile the same programs.
+JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
 .PHONY: demo test clean
 
 demo: .venv/ready
@@ -15,8 +21,8 @@ demo: .venv/ready
 test: .venv/ready
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	KERAS_BACKEND=tensorflow $(VENV)/python -m pytest
-	KERAS_BACKEND=jax $(VENV)/python -m pytest
+	KERAS_BACKEND=tensorflow $(VENV)/python -m pytest $(PARALLEL)
+	KERAS_BACKEND=jax $(JAX_CACHE) $(VENV)/python -m pytest $(PARALLEL)
 	KERAS_BACKEND=torch $(VENV)/python -m pytest
 
 .venv/ready: pyproject.toml constraints.txt

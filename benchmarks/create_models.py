@@ -58,7 +58,7 @@ def _measured(name, backend):
 def _table(names):
     heads = [f"{title}, {unit}" for unit in ("s", "MiB") for title in _BACKENDS.values()]
     lines = [
-        f"| model | parameters | stages at {_SIZE}×{_SIZE} | {' | '.join(heads)} |",
+        f"| model | trainable parameters | stages at {_SIZE}×{_SIZE} | {' | '.join(heads)} |",
         f"|---|--:|---|{'--:|' * len(heads)}",
     ]
     for name in names:

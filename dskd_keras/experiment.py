@@ -52,6 +52,10 @@ def run(config, console=None):
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     _check_names(config)
     folders = {seed: config.folder() / config.method / f"seed-{seed}" for seed in config.seeds}
+    # A finished run needs no teacher any more.
+    needed = not all((folder / "metrics.json").exists() for folder in folders.values())
+    if config.teacher_weights and needed and not Path(config.teacher_weights).is_file():
+        raise InputError(f"teacher_weights: there is no file '{config.teacher_weights}'.")
     dataset = data.load(
         config.dataset,
         data_dir=config.data_dir,

@@ -270,6 +270,7 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
         tmp_path / "distiller.keras"
     )
     (tmp_path / "text.keras").write_text("no model")
+    (tmp_path / "teacher.txt").write_text("no model")
     (tmp_path / "text.weights.h5").write_text("no weights")
     (tmp_path / "short.keras").write_bytes(cached.read_bytes()[:-5000])
     flip_a_byte(cached, tmp_path / "flipped.keras")

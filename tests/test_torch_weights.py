@@ -140,6 +140,7 @@ def stem_kernel(model):
             "model": tensors,
             "accuracy": torch.tensor(70.5),
             "best_acc": np.float64(70.5),
+            "history": np.arange(3.0),
             "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []},
         },
         lambda tensors: {key: value.double() for key, value in tensors.items()},
@@ -170,16 +171,18 @@ def without(tensors, *keys):
          r"missing keys: none; unexpected keys: head\.weight; shapes that differ: none\.$"),
         (lambda t: t, 10,
          r"missing keys: none; unexpected keys: none; shapes that differ: fc\.weight \(100, 64\) "
-         r"for \(10, 64\), fc\.bias \(100,\) for \(10,\)\.$"),
+         r"instead of \(10, 64\), fc\.bias \(100,\) instead of \(10,\)\.$"),
         (lambda t: {f"x.{key}": value for key, value in t.items()}, 100,
          r"missing keys: conv1\.weight, .* and 39 more; unexpected keys: x\.conv1\.weight, "),
         (lambda t: {**t, "conv1.weight": t["conv1.weight"][..., None]}, 100,
-         r"conv1\.weight \(16, 3, 3, 3, 1\) for \(16, 3, 3, 3\)\.$"),
+         r"conv1\.weight \(16, 3, 3, 3, 1\) instead of \(16, 3, 3, 3\)\.$"),
+        (lambda t: {**t, "fc.bias": torch.full((100,), float("nan"))}, 100,
+         r"has values that are not finite in fc\.bias\.$"),
         (lambda t: {"model": {"net": t}}, 100, r"holds a dict with model, where a state_dict"),
         (lambda t: [t], 100, r"holds a list, where a state_dict is expected"),
         (lambda t: {"weights": t}, 100, r"alone or under 'model' or 'state_dict'\.$"),
     ],
-    ids=["missing", "unexpected", "classes", "foreign", "rank", "nested", "list", "wrapper"],
+    ids=["missing", "unexpected", "classes", "foreign", "rank", "nan", "nested", "list", "wrapper"],
 )  # fmt: skip
 def test_what_does_not_fit_is_listed(resnet8, change, classes, message, tmp_path):
     torch.save(change(resnet8), tmp_path / "x.pth")
@@ -221,9 +224,9 @@ def test_damaged_files_are_refused(resnet8, tmp_path):
     value = resnet8["conv1.weight"].numpy().tobytes()
     flipped = content.replace(value, value[:100] + bytes([value[100] ^ 1]) + value[101:])
     assert flipped != content
-    for damaged in (flipped, content[: len(content) // 2], b"no checkpoint" * 100, b""):
+    for damaged in (flipped, content[: len(content) // 2], b"no checkpoint" * 100, b"hello\n", b""):
         (tmp_path / "x.pth").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"^path: .*x\.pth'") as error:
+        with pytest.raises(InputError, match=r"^path: .*x\.pth' is .*damaged") as error:
             models.load_torch_weights(create(), tmp_path / "x.pth")
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"^path: there is no file"):
@@ -234,6 +237,8 @@ def test_a_model_of_ones_own_is_refused(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="mine")
     with pytest.raises(InputError, match=r"^model: 'mine' is not a model of the zoo"):
         models.load_torch_weights(model, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"^model: 'resnet8' is not a model of the zoo"):
+        models.load_torch_weights("resnet8", tmp_path / "x.pth")
     torch.save({}, tmp_path / "x.pth")
     wrapped = keras.Sequential([keras.Input((32, 32, 3)), create()], name="resnet8")
     with pytest.raises(InputError, match=r"^model: 'resnet8' has a layer 'resnet8', which"):

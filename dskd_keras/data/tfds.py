@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import os
 import socket
 import sys
@@ -130,7 +131,13 @@ def _import_tfds(name):
             tf.config.set_visible_devices([], "GPU")
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    # TFDS warns of every set that is not prepared yet; `_prepare` says it in other words.
+    logging.getLogger("absl").addFilter(_is_news)
     return tfds
+
+
+def _is_news(record):
+    return not record.getMessage().startswith("Variant folder")
 
 
 def _find_builder(tfds, name, data_dir):

@@ -110,8 +110,8 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
                     f" {recorded.get('source', 'an unknown source')}, whose images are not those of"
                     f" {self.source.path}; remove the folder {self.data_dir} to prepare it anew."
                 )
-        # TFDS makes a folder for downloads even where there are none.
-        with tempfile.TemporaryDirectory() as unused:
+        # TFDS makes a folder for downloads even where there are none, and speaks of downloading.
+        with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
             super().download_and_prepare(**(kwargs | {"download_dir": unused}))
 
     def _split_generators(self, dl_manager):

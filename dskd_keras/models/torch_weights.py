@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -19,15 +18,16 @@ _WRAPPERS = ("model", "state_dict")
 _PARALLEL_PREFIX = "module."
 # Of each kind of difference, an error shows that many.
 _MOST_SHOWN = 8
-# What training scripts save beside tensors: their options and NumPy's numbers. Reading these runs
-# no code of the file; NumPy's module had another name before version 2.
-_SCALAR = np._core.multiarray.scalar
+# What training scripts save beside tensors: their options, and NumPy's numbers and arrays. Reading
+# these runs no code of the file. Before version 2, NumPy's module had another name.
+_NUMPY = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
 _HARMLESS = [
     argparse.Namespace,
     np.dtype,
+    np.ndarray,
     *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-    _SCALAR,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
+    *_NUMPY,
+    *((function, f"numpy.core.multiarray.{function.__name__}") for function in _NUMPY),
 ]
 
 
@@ -52,8 +52,9 @@ def load_torch_weights(
 
     Raises:
         InputError: PyTorch is not installed; the file is missing, damaged, no checkpoint, or would
-            need code to be run; the model is none of the zoo's; or the checkpoint is of another
-            architecture, with the missing keys, the unexpected keys and the shapes that differ.
+            need code to be run; the model is none of the zoo's; or the checkpoint has values that
+            are not finite, or is of another architecture, with the missing keys, the unexpected
+            keys and the shapes that differ.
 
     Example:
 
@@ -62,16 +63,20 @@ def load_torch_weights(
     dskd_keras.models.load_torch_weights(teacher, "resnet110_vanilla/ckpt_epoch_240.pth")
     ```
     """
-    if model.name not in FAMILIES:
+    if not isinstance(model, keras.Model) or model.name not in FAMILIES:
         raise InputError(
-            f"model: '{model.name}' is not a model of the zoo, whose layers have known names in "
-            "PyTorch. Make one with dskd_keras.models.create."
+            f"model: {getattr(model, 'name', model)!r} is not a model of the zoo, whose layers "
+            "have known names in PyTorch. Make one with dskd_keras.models.create."
         )
     tensors = _state_dict(_read(field, path), f"{field}: '{path}'")
     targets = dict(_targets(model))
     _check_fit(f"{field}: '{path}' does not fit {model.name}", tensors, targets)
+    arrays = {key: tensors[key].detach().float().numpy() for key in targets}
+    broken = [key for key, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise InputError(f"{field}: '{path}' has values that are not finite in {_shown(broken)}.")
     for key, (variable, arrange, _) in targets.items():
-        variable.assign(arrange(_to_numpy(tensors[key])))
+        variable.assign(arrange(arrays[key]))
     return model
 
 
@@ -91,20 +96,17 @@ def _read(field, path):
             with zipfile.ZipFile(path) as archive:
                 # PyTorch reads damaged tensors without a word.
                 if (damaged := archive.testzip()) is not None:
-                    raise OSError(f"'{damaged}' in it is damaged")
+                    raise InputError(f"{field}: '{path}' is damaged: '{damaged}' in it.")
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except InputError:
+        raise
+    except Exception as error:  # PyTorch and zipfile raise all kinds for a bad file
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f" It asks for {code[1]}." if code else ""
+        reason = f" It contains {code[1]}, which is no tensor." if code else ""
         raise InputError(
             f"{field}: '{path}' is no PyTorch checkpoint of tensors alone, or it is damaged."
             f"{reason} Code in a file is never run."
-        ) from None
-    except Exception as error:  # PyTorch and zipfile raise all kinds for a bad file
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "damaged")
-        raise InputError(
-            f"{field}: can't read '{path}' as a PyTorch checkpoint: {reason}"
         ) from None
 
 
@@ -180,7 +182,7 @@ def _check_fit(problem, tensors, targets):
             # A classifier may be a 1×1 convolution there.
             as_linear = shape[:2] if len(expected) == 2 and shape[2:] == (1, 1) else shape
             if as_linear != expected:
-                differing.append(f"{key} {shape} for {expected}")
+                differing.append(f"{key} {shape} instead of {expected}")
     differences = {
         "missing keys": [key for key in targets if key not in tensors],
         "unexpected keys": [key for key in tensors if key not in targets],
@@ -195,7 +197,3 @@ def _shown(names):
     shown = ", ".join(map(str, names[:_MOST_SHOWN])) or "none"
     rest = len(names) - _MOST_SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown
-
-
-def _to_numpy(tensor):
-    return tensor.detach().float().numpy()
