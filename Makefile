@@ -28,7 +28,7 @@ test: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/python -m pip install --quiet --upgrade pip
-	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable ".[jax,torch,dev]"
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable ".[jax,torch,export,dev]"
 	touch $@
 
 clean:

@@ -1,6 +1,8 @@
 """Distills a teacher into a student: `python train.py --pair resnet110_resnet32`."""
 
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +21,8 @@ def main(argv=None):
         # Here and not above: Ctrl-C while the backend is being imported ends the command quietly.
         from dskd_keras import experiment
         from dskd_keras.config import ExperimentConfig, parse
-        from dskd_keras.errors import InputError
+        from dskd_keras.errors import InputError, TrainingError
+        from dskd_keras.export import ExportError
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
@@ -29,24 +32,34 @@ def main(argv=None):
             f"KERAS_BACKEND: {backend!r} is not installed. Install it, or set KERAS_BACKEND to "
             "another of " + ", ".join(_BACKENDS) + "."
         )
+    argv = sys.argv[1:] if argv is None else argv
     try:
         config = parse(
             ExperimentConfig,
-            sys.argv[1:] if argv is None else argv,
+            argv,
             configs=Path(__file__).parent / "configs",
             command="train.py",
         )
-        experiment.run(config)
+        experiment.run(config, command=_command_line(argv))
     except InputError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        return 130
+    except (ExportError, TrainingError) as error:
+        return _fail(error, status=1)
+    except KeyboardInterrupt as interrupt:
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return 0
 
 
-def _fail(message):
+def _command_line(argv):
+    """What a shell would take, the backend included."""
+    backend = os.environ.get("KERAS_BACKEND")
+    prefix = [f"KERAS_BACKEND={backend}"] if backend else []
+    return " ".join([*prefix, shlex.join(["python", "train.py", *argv])])
+
+
+def _fail(message, status=2):
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dskd_keras import callbacks, losses, models, optimizers, weighting
 from dskd_keras.distiller import Distiller, Targets
-from dskd_keras.errors import InputError
+from dskd_keras.errors import InputError, TrainingError
 
 __version__ = "0.1.0"
 
@@ -10,6 +10,7 @@ __all__ = [
     "Distiller",
     "InputError",
     "Targets",
+    "TrainingError",
     "__version__",
     "callbacks",
     "losses",

@@ -1,5 +1,6 @@
 """What a run keeps on disk. Every file is written aside and renamed, so none is ever half there."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -30,9 +31,63 @@ def check_writable(field, folder):
 
 def write_text(path, text):
     """Writes a text file, whole or not at all."""
-    aside = _aside(path, "")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, data):
+    """Writes a file, whole or not at all."""
+    with _written_aside(path) as aside, open(aside, "wb") as file:
+        file.write(data)
+
+
+def remove_leftovers(folder, stem="*"):
+    """Removes what a killed process left of files that it was writing aside.
+
+    Args:
+        folder: Where, a `pathlib.Path`; nobody else may be writing there.
+        stem: Name of the file without its suffix. Defaults to all files.
+    """
+    for path in folder.glob(f".{stem}.*.tmp*"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(field, folder, waiting=None):
+    """Keeps other processes from working in a folder; a process that dies lets go of it.
+
+    Where the file system knows no locks there is none.
+
+    Args:
+        field: The setting that named the folder, for errors.
+        folder: An existing folder.
+        waiting: Called without arguments where another process has the folder, and then waited for.
+            Defaults to not waiting.
+
+    Raises:
+        InputError: Another process has it, and `waiting` is None.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # not on Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise InputError(
+                    f"{field}: another process is working in '{folder}'. Wait for it, or choose "
+                    f"another --{field}."
+                ) from None
+            waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_model(model, path, notes):
@@ -46,11 +101,10 @@ def save_model(model, path, notes):
         path: A path that ends in `.keras`.
         notes: What to keep beside the weights, a dict that JSON can hold.
     """
-    aside = _aside(path, ".keras")
-    model.save(aside)
-    with zipfile.ZipFile(aside, "a") as archive:
-        archive.writestr(_NOTES, json.dumps(notes, indent=1))
-    os.replace(aside, path)
+    with _written_aside(path, ".keras") as aside:
+        model.save(aside)
+        with zipfile.ZipFile(aside, "a") as archive:
+            archive.writestr(_NOTES, json.dumps(notes, indent=1))
 
 
 def read_notes(path):
@@ -118,9 +172,19 @@ def _describe(model):
     return f"'{model.name}' from {tuple(inputs.shape[1:])} to {outputs.shape[-1]} classes"
 
 
-def _aside(path, suffix):
-    # The process is in the name: two of them may train the same teacher at once.
-    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{suffix}")
+@contextlib.contextmanager
+def _written_aside(path, suffix=""):
+    # The process is in the name: two of them may write the same file at once.
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{suffix}")
+    try:
+        yield aside
+        # On the disk before the old file goes: a machine that loses power keeps one of the two.
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _check_archive(path):

@@ -67,6 +67,11 @@ class ExperimentConfig:
         run_dir: Where the run is written. Default: runs/ and the pair's name.
         include_preprocessing: Save the student with the normalisation inside, so that it takes
             pixels from 0 to 255.
+        export: Formats in which to save the student too, for use without Keras.
+        resume: Go on with an interrupted run, to the numbers of an uninterrupted one; a run that
+            was not begun is begun.
+        checkpoint_steps: Steps between two checkpoints within an epoch; there is one after every
+            epoch too.
     """
 
     teacher: str
@@ -106,11 +111,14 @@ class ExperimentConfig:
     min_teacher_accuracy: float = 0.0
     run_dir: str | None = None
     include_preprocessing: bool = False
+    export: list[Literal["onnx", "saved_model", "litert"]] = dataclasses.field(default_factory=list)
+    resume: bool = False
+    checkpoint_steps: int = 500
 
     def __post_init__(self):
         at_least = {
             "epochs": 1, "batch_size": 1, "image_size": 1, "train_examples": 1,
-            "teacher_epochs": 1, "teacher_seed": 0,
+            "teacher_epochs": 1, "teacher_seed": 0, "checkpoint_steps": 1,
         }  # fmt: skip
         for field, least in at_least.items():
             value = getattr(self, field)

@@ -357,6 +357,47 @@ class Distiller(keras.Model):
             results.update(result if isinstance(result, dict) else {metric.name: result})
         return results
 
+    def step_terms(self):
+        """Returns the terms of the last training step alone; the logs hold means over the epoch.
+
+        For callbacks, in `on_train_batch_end`, and after `train_on_batch`. With
+        `steps_per_execution` it is the last step of those that ran together.
+
+        Returns:
+            A dict of floats, without unit: every term of the logs except `loss` and the compiled
+            metrics, under the same names. `deep_prediction_loss/NAME` and
+            `deep_prediction_allocation/NAME` are the loss of the layer NAME and the weight that it
+            got, `deep_prediction_loss` is their sum of products; for the feature maps likewise.
+            Empty before the first step.
+
+        Example:
+
+        ```python
+        distiller.train_on_batch(x, y)
+        distiller.step_terms()["deep_feature_allocation/stage1"]
+        ```
+        """
+        *totals, images = self._last_step().tolist()
+        if not images:
+            return {}
+        return {
+            name: total / images for name, total in zip(self._term_means.names, totals, strict=True)
+        }
+
+    @property
+    def term_names(self):
+        """The names of the terms in the logs, a list in a fixed order: the keys of `step_terms`."""
+        return list(self._term_means.names)
+
+    def _last_step(self):
+        variable = self._term_means.last_step
+        # On JAX the variables hold no values during `fit`, they are in the state between the steps.
+        # `jax_state_sync` would put all of them back, the teacher's too, and here one is enough.
+        if getattr(self, "_jax_state", None) and not self._jax_state_synced:
+            index = [v is variable for v in self.metrics_variables].index(True)
+            variable = self._jax_state["metrics_variables"][index]
+        return ops.convert_to_numpy(variable)
+
     @property
     def non_trainable_variables(self):
         """The student's and the heads', then the teacher's, which JAX needs in the step's state."""
@@ -460,22 +501,46 @@ class _BatchMean(keras.losses.Loss):
 
 
 class _TermMeans(keras.metrics.Metric):
-    """Means of all terms over an epoch, in one variable: one update a step instead of dozens."""
+    """Means of all terms over an epoch, in one variable: one update a step instead of dozens.
+
+    `last_step` holds what the last step added: the terms' totals, then its number of images. Under
+    `tf.distribute` variables of metrics are summed over the replicas, so that their quotient is
+    right where the means themselves would not be.
+    """
 
     def __init__(self, names):
         super().__init__(name="term_means")
         self.names = names
         self.total = self.add_weight(shape=(len(names),), initializer="zeros", name="total")
         self.images = self.add_weight(initializer="zeros", name="images")
+        self.last_step = self.add_weight(
+            shape=(len(names) + 1,), initializer="zeros", name="last_step"
+        )
 
     def update_state(self, values, batch_size):
         batch_size = ops.cast(batch_size, self.dtype)
-        self.total.assign_add(ops.cast(values, self.dtype) * batch_size)
+        values = ops.cast(values, self.dtype) * batch_size
+        self.total.assign_add(values)
         self.images.assign_add(batch_size)
+        self.last_step.assign(ops.append(values, batch_size))
 
     def result(self):
         means = ops.divide_no_nan(self.total.value, self.images.value)
         return dict(zip(self.names, ops.unstack(means), strict=True))
+
+    def reset_state(self):
+        # The last step stays the last step: `evaluate` within `fit` resets all metrics.
+        for variable in (self.total, self.images):
+            variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
+
+    # Files hold the means alone: the last step is over once they are read.
+
+    def save_own_variables(self, store):
+        store["0"], store["1"] = self.total, self.images
+
+    def load_own_variables(self, store):
+        self.total.assign(store["0"])
+        self.images.assign(store["1"])
 
 
 def _of_image(sample_weight):

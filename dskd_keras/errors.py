@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend: a wrong setting, said in one line."""
+"""The errors that a user can mend, said in one line."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,6 +12,14 @@ class InputError(ValueError):
 
     The message is one line that names the field, its value and what would have been right, so the
     command line prints it alone, without a traceback.
+    """
+
+
+class TrainingError(RuntimeError):
+    """A training run that could not go on.
+
+    The message is one line that says where it stopped, why, and what to do, so the command line
+    prints it alone, without a traceback.
     """
 
 

@@ -1,24 +1,32 @@
 """From a configuration to a trained student and its report: the only place that wires the parts."""
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
-import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
-import yaml
-from rich.console import Console
 
-from dskd_keras import artifacts, data, models, report, weighting
-from dskd_keras.callbacks import Throughput
+from dskd_keras import (
+    artifacts,
+    checkpoints,
+    data,
+    evaluation,
+    export,
+    models,
+    report,
+    run_folder,
+    training,
+    weighting,
+)
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError, unknown_name
-from dskd_keras.optimizers import SGD
 
 # The methods differ in settings of the same distiller alone.
 _METHODS = {
@@ -27,30 +35,44 @@ _METHODS = {
     "ce": {"student_layers": (), "prediction_weight": 0.0, "label_weight": 1.0},
 }
 
-# Fields that say where things are and which runs to make; the rest shapes the numbers of a run.
-_PLACES = ("pair", "data_dir", "run_dir", "teacher_dir", "seeds")
-
 # Part of a cached teacher's key: to be raised when the training of teachers changes.
 _TEACHER_RECIPE = 2
 
-_EVALUATION_BATCH = 256
+# How many test images an export is checked on.
+_EXPORT_IMAGES = 8
+
+# What a saved student takes that has the normalisation inside.
+_PIXELS = "pixels from 0 to 255"
 
 
-def run(config, console=None):
+class _Teacher(NamedTuple):
+    """A frozen teacher; `classes` are its predictions for the test images, `[N]`."""
+
+    model: keras.Model
+    classes: np.ndarray
+    result: report.RunResult
+
+
+def run(config, console=None, command=None):
     """Trains (or loads) the teacher and trains the student once for each seed.
 
     Args:
         config: An `ExperimentConfig`.
         console: A `rich.console.Console` for messages and the table. Defaults to standard output.
+        command: The command line that asked for it, to be kept with the results. Optional.
 
     Returns:
         A list of `report.RunResult`: the teacher's, if there is one, then the students'.
 
     Raises:
         InputError: Before any training, if the configuration or the data can't be used.
+        KeyboardInterrupt: Training was stopped; `resume` goes on.
+        TrainingError: Training or writing could not go on.
     """
-    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+    console = console or report.console()
     _check_names(config)
+    for format in config.export:
+        export.check_available(format)
     folders = {seed: config.folder() / config.method / f"seed-{seed}" for seed in config.seeds}
     # A finished run needs no teacher any more.
     needed = not all((folder / "metrics.json").exists() for folder in folders.values())
@@ -69,27 +91,36 @@ def run(config, console=None):
     finished = {
         seed: result
         for seed, folder in folders.items()
-        if (result := _finished_result(config, folder)) is not None
+        if (result := run_folder.finished_result(config, folder)) is not None
     }
     artifacts.check_writable("run_dir", config.folder() / config.method)
 
-    teacher, of_teacher, students = None, None, []
-    if config.method != "ce" and len(finished) < len(folders):
-        teacher, of_teacher = _obtain_teacher(config, dataset, console)
-    for seed, folder in folders.items():
-        if seed in finished:
-            console.print(f"Seed {seed} was finished before: {folder}")
-            students.append(finished[seed])
-        else:
-            students.append(
-                _train_student(config, dataset, teacher, of_teacher, seed, folder, console)
-            )
+    teacher, students = None, []
+    with contextlib.ExitStack() as claims:
+        for seed, folder in folders.items():
+            if seed not in finished:
+                claims.enter_context(run_folder.claimed("run_dir", folder))
+                _set_aside(config, folder, console)
+        if config.method != "ce" and len(finished) < len(folders):
+            teacher = _obtain_teacher(config, dataset, console)
+        for seed, folder in folders.items():
+            if seed in finished:
+                console.print(f"Seed {seed} was finished before: {folder}")
+                students.append(finished[seed])
+            else:
+                students.append(
+                    _train_student(config, dataset, teacher, seed, folder, command, console)
+                )
+            checkpoints.CheckpointFolder(folder / "checkpoints").clear()
+            _export(config, dataset, folder, console)
+    of_teacher = teacher and teacher.result
     if of_teacher is None and students[0].teacher is not None:
-        of_teacher = report.RunResult(**students[0].teacher)
+        of_teacher = report.RunResult.from_dict(students[0].teacher)
     results = students if of_teacher is None else [of_teacher, *students]
     console.print(report.results_table(f"{dataset.name}, {config.method}", results))
     for folder in folders.values():
         console.print(f"Student: {folder / 'student.keras'}")
+    console.print(f"Report: {report.write([config.folder()])}")
     return results
 
 
@@ -153,92 +184,6 @@ def _distiller(config, teacher, student):
     )
 
 
-def _fit(config, distiller, dataset, seed, callbacks=()):
-    """Trains a distiller by the configuration's protocol.
-
-    Returns:
-        `(history, images_per_second)`.
-    """
-    batches = data.TrainingBatches(
-        dataset.x_train,
-        dataset.y_train,
-        config.batch_size,
-        seed,
-        dataset.mean,
-        dataset.std,
-        augmentation=_augmentation(config, dataset),
-    )
-    steps = batches.steps_per_epoch
-    held_out = "test" if dataset.x_validation is None else "validation"
-    throughput = Throughput(len(dataset.x_train), steps)
-    distiller.compile(
-        optimizer=SGD(
-            _learning_rate(config, steps * config.epochs),
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        ),
-        **_compile_options(),
-    )
-    history = distiller.fit(
-        batches,
-        steps_per_epoch=steps,
-        epochs=config.epochs,
-        shuffle=False,
-        validation_data=_evaluation_batches(dataset, held_out),
-        callbacks=[throughput, *callbacks],
-        # The moving bar needs a terminal; a log gets one line an epoch.
-        verbose=1 if sys.stdout.isatty() else 2,
-    )
-    return history.history, throughput.images_per_second
-
-
-def _compile_options():
-    return {
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        "metrics": [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-    }
-
-
-def _learning_rate(config, steps):
-    """The schedule over all steps of a training run.
-
-    The places of the drops are shares of the training, so that a short run goes through the same
-    schedule: 0.625, 0.75 and 0.875 are the 150th, 180th and 210th of 240 epochs.
-    """
-    if config.schedule == "cosine":
-        return keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=steps)
-    drops = sorted(config.decay_at)
-    if not drops:
-        return config.learning_rate
-    # A boundary is the last step with the old rate.
-    return keras.optimizers.schedules.PiecewiseConstantDecay(
-        [round(share * steps) - 1 for share in drops],
-        [config.learning_rate * config.decay_factor**k for k in range(len(drops) + 1)],
-    )
-
-
-def _augmentation(config, dataset):
-    return dataset.augmentation if config.augmentation == "auto" else config.augmentation
-
-
-def _evaluation_batches(dataset, part):
-    return data.EvaluationBatches(
-        getattr(dataset, f"x_{part}"),
-        getattr(dataset, f"y_{part}"),
-        _EVALUATION_BATCH,
-        dataset.mean,
-        dataset.std,
-    )
-
-
-def _test_accuracy(model, dataset):
-    if not model.compiled:
-        model.compile(**_compile_options())
-    results = model.evaluate(_evaluation_batches(dataset, "test"), verbose=0, return_dict=True)
-    return float(results["accuracy"])
-
-
 def _teacher_config(config):
     """The configuration by which a missing teacher is trained: on the labels alone."""
     return dataclasses.replace(
@@ -264,7 +209,7 @@ def _teacher_recipe(config, dataset):
         "num_classes": dataset.num_classes,
         "input_shape": _input_shape(dataset),
         "training_data": dataset.fingerprint(),
-        "augmentation": _augmentation(config, dataset),
+        "augmentation": training.augmentation(config, dataset),
         "backend": keras.backend.backend(),
         "dtype_policy": keras.config.dtype_policy().name,
         **{field: getattr(config, field) for field in fields},
@@ -275,7 +220,7 @@ def _obtain_teacher(config, dataset, console):
     """Loads the teacher, or trains and caches it; evaluates it in any case.
 
     Returns:
-        `(model, report.RunResult)`.
+        `_Teacher`.
 
     Raises:
         InputError: Its accuracy is below `min_teacher_accuracy`, or its file can't be used.
@@ -284,123 +229,171 @@ def _obtain_teacher(config, dataset, console):
     key = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6).hexdigest()
     cached = Path(config.teacher_dir) / f"{recipe['model']}-{Path(dataset.name).stem}-{key}.keras"
     result = {}
-    teacher = _teacher_architecture(config, dataset)
+    model = _teacher_architecture(config, dataset)
     if config.teacher_weights is not None:
         path = Path(config.teacher_weights)
-        artifacts.load_weights("teacher_weights", path, teacher)
-    elif cached.is_file():
-        path = cached
-        artifacts.load_weights("teacher_dir", path, teacher)
-        result = artifacts.read_notes(path)["result"]
+        artifacts.load_weights("teacher_weights", path, model)
     else:
         path = cached
-        artifacts.check_writable("teacher_dir", cached.parent)
-        console.print(f"Training the teacher {config.teacher}", style="bold")
-        try:
-            teacher, result = _train_teacher(config, dataset)
-        except KeyboardInterrupt:
-            console.print("Interrupted. The teacher was not finished and is not kept.")
-            raise
-        notes = {"recipe": recipe, "result": result, **_dataset_notes(dataset)}
-        artifacts.save_model(teacher, cached, notes)
-    parameters = _parameters(teacher)
-    accuracy = _test_accuracy(teacher, dataset)
-    console.print(f"Teacher {teacher.name}: {100 * accuracy:.2f} % on the test set ({path})")
+        if not cached.is_file():
+            _train_teacher(config, dataset, cached, recipe, console)
+        # Also those of a process that was killed after it had saved the teacher.
+        checkpoints.CheckpointFolder(cached.with_suffix("") / "checkpoints").clear()
+        artifacts.load_weights("teacher_dir", path, model)
+        result = artifacts.read_notes(path)["result"]
+    parameters = _parameters(model)
+    classes = evaluation.predicted_classes(model, dataset)
+    accuracy = evaluation.accuracy(classes, dataset)
+    console.print(f"Teacher {model.name}: {100 * accuracy:.2f} % on the test set ({path})")
     if accuracy < config.min_teacher_accuracy:
         raise InputError(
             f"min_teacher_accuracy: the teacher '{path}' reaches {accuracy:.4f} on the test set, "
             f"less than the {config.min_teacher_accuracy} asked for. Train it longer "
             "(--teacher_epochs), give another (--teacher_weights) or lower the bar."
         )
-    return teacher, report.RunResult(
+    result = report.RunResult(
         **{
             **result,
             "method": "teacher",
-            "model": teacher.name,
+            "model": model.name,
+            "dataset": dataset.name,
             "parameters": parameters,
             "test_accuracy": accuracy,
+            "latency_ms": evaluation.latency_ms(model),
+            "weight_bytes": evaluation.weight_bytes(model),
         }
     )
+    return _Teacher(model, classes, result)
 
 
-def _train_teacher(config, dataset):
-    config = _teacher_config(config)
-    start = time.perf_counter()
-    keras.utils.set_random_seed(config.teacher_seed)
-    distiller = _distiller(config, None, _student(config, dataset))
-    _, images_per_second = _fit(config, distiller, dataset, config.teacher_seed)
-    result = {
-        "images_per_second": images_per_second,
-        "seconds": time.perf_counter() - start,
-        "epochs": config.epochs,
-        "seed": config.teacher_seed,
-        **_environment(),
-    }
-    return distiller.student, result
+def _train_teacher(config, dataset, cached, recipe, console):
+    """Trains the teacher and saves it as `cached`, unless another process is just doing so."""
+
+    def waiting():
+        console.print(f"Waiting for another process, which is training '{cached.stem}'.")
+
+    folder = cached.with_suffix("")
+    artifacts.check_writable("teacher_dir", cached.parent)
+    with run_folder.claimed("teacher_dir", folder, waiting):
+        if cached.is_file():
+            return
+        console.print(f"Training the teacher {config.teacher}", style="bold")
+        _set_aside(config, folder, console)
+        config = _teacher_config(config)
+        keras.utils.set_random_seed(config.teacher_seed)
+        distiller = _distiller(config, None, _student(config, dataset))
+        try:
+            trained = training.train(
+                config, distiller, dataset, config.teacher_seed, folder, console
+            )
+        except KeyboardInterrupt:
+            console.print("Interrupted while the teacher was trained; --resume goes on.")
+            raise
+        result = {
+            "images_per_second": trained.images_per_second,
+            "seconds": trained.seconds,
+            "epochs": config.epochs,
+            "seed": config.teacher_seed,
+            **_environment(),
+        }
+        notes = {"recipe": recipe, "result": result, **_dataset_notes(dataset)}
+        artifacts.remove_leftovers(cached.parent, cached.stem)
+        artifacts.save_model(distiller.student, cached, notes)
 
 
-def _train_student(config, dataset, teacher, of_teacher, seed, folder, console):
+def _train_student(config, dataset, teacher, seed, folder, command, console):
     """Trains one student and writes everything of it into `folder`."""
-    start = time.perf_counter()
-    artifacts.check_writable("run_dir", folder)
     console.print(f"Training the student {config.student} ({config.method}, seed {seed})",
                   style="bold")  # fmt: skip
     artifacts.write_text(
-        folder / "config.yaml", dataclasses.replace(config, seeds=[seed]).to_yaml()
+        folder / "config.yaml", dataclasses.replace(config, seeds=[seed], resume=False).to_yaml()
     )
     keras.utils.set_random_seed(seed)
     student = _student(config, dataset)
-    distiller = _distiller(config, teacher, student)
-    best_weights = folder / "best.weights.h5"
-    callbacks = [keras.callbacks.CSVLogger(folder / "history.csv")]
-    if dataset.x_validation is not None:
-        callbacks.append(
-            keras.callbacks.ModelCheckpoint(
-                best_weights,
-                monitor="val_accuracy",
-                mode="max",
-                save_best_only=True,
-                save_weights_only=True,
-            )
-        )
+    distiller = _distiller(config, teacher and teacher.model, student)
     try:
-        history, images_per_second = _fit(config, distiller, dataset, seed, callbacks)
+        trained = training.train(config, distiller, dataset, seed, folder, console)
     except KeyboardInterrupt:
         # Before the first step is done a student has nothing to keep, and on JAX no values at all.
         with contextlib.suppress(Exception):
             _save_student(config, student, dataset, folder / "student.keras")
-            console.print(f"Interrupted. The student so far: {folder / 'student.keras'}")
+            console.print(
+                f"Interrupted. The student so far: {folder / 'student.keras'}; --resume goes on."
+            )
         raise
     _save_student(config, student, dataset, folder / "student.keras")
-    best_epoch = int(np.argmax(history["val_accuracy"]))
-    accuracy = best_accuracy = float(history["val_accuracy"][-1])
-    if dataset.x_validation is None:
-        best_accuracy = float(history["val_accuracy"][best_epoch])
-    else:
-        accuracy = _test_accuracy(distiller, dataset)
-        distiller.load_weights(best_weights)
-        best_accuracy = _test_accuracy(distiller, dataset)
+    classes = evaluation.predicted_classes(student, dataset)
+    heads = evaluation.head_accuracies(distiller, dataset)
+    accuracies = trained.history["val_accuracy"]
+    best_epoch = int(np.argmax(accuracies))
+    best_accuracy = accuracies[best_epoch]
+    if dataset.x_validation is not None:
+        student.set_weights(trained.best_weights)
+        best_accuracy = evaluation.accuracy(evaluation.predicted_classes(student, dataset), dataset)
         _save_student(config, student, dataset, folder / "student_best.keras")
-        best_weights.unlink()
+    _write_confusion(folder / "confusion.csv", evaluation.confusion(classes, dataset), dataset)
     result = report.RunResult(
         method=config.method,
         model=student.name,
+        dataset=dataset.name,
         parameters=_parameters(student),
-        test_accuracy=accuracy,
+        test_accuracy=evaluation.accuracy(classes, dataset),
         best_accuracy=best_accuracy,
         best_epoch=best_epoch + 1,
         best_chosen_on="test" if dataset.x_validation is None else "validation",
-        images_per_second=images_per_second,
-        seconds=time.perf_counter() - start,
+        head_accuracies=heads,
+        teacher_agreement=teacher and float(np.mean(classes == teacher.classes)),
+        latency_ms=evaluation.latency_ms(student),
+        weight_bytes=evaluation.weight_bytes(student),
+        images_per_second=trained.images_per_second,
+        seconds=trained.seconds,
         epochs=config.epochs,
         seed=seed,
-        teacher=None if of_teacher is None else dataclasses.asdict(of_teacher),
+        teacher=teacher and dataclasses.asdict(teacher.result),
+        command=command,
         **_environment(),
     )
     artifacts.write_text(
         folder / "metrics.json", json.dumps(dataclasses.asdict(result), indent=1) + "\n"
     )
     return result
+
+
+def _set_aside(config, folder, console):
+    if not config.resume and (aside := run_folder.set_aside(folder)) is not None:
+        console.print(f"An interrupted run was set aside: {aside} (--resume would have gone on).")
+
+
+def _export(config, dataset, folder, console):
+    """Exports the saved student in the formats that are not there yet, and checks its logits."""
+    if not config.export:
+        return
+    path = folder / "student.keras"
+    images = dataset.x_test[:_EXPORT_IMAGES]
+    if artifacts.read_notes(path)["input"] == _PIXELS:
+        images = images.astype("float32")
+    else:
+        images = data.normalize(images, dataset.mean, dataset.std)
+    if keras.config.image_data_format() == "channels_first":
+        images = images.transpose(0, 3, 1, 2)
+    student = None
+    for format in config.export:
+        target = folder / f"student{export.SUFFIXES[format]}"
+        if target.exists():
+            continue
+        student = student or keras.models.load_model(path, compile=False)
+        _, difference = export.export(student, format, target, images)
+        console.print(f"Exported: {target} (logits differ by at most {difference:.1e} of their "
+                      "standard deviation)")  # fmt: skip
+
+
+def _write_confusion(path, counts, dataset):
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["true \\ predicted", *dataset.class_names])
+    for name, row in zip(dataset.class_names, counts.tolist(), strict=True):
+        writer.writerow([name, *row])
+    artifacts.write_text(path, table.getvalue())
 
 
 def _save_student(config, student, dataset, path):
@@ -414,7 +407,7 @@ def _save_student(config, student, dataset, path):
             name="normalization",
         )
         student = keras.Model(inputs, student(normalization(inputs)), name=student.name)
-        notes["input"] = "pixels from 0 to 255"
+        notes["input"] = _PIXELS
     artifacts.save_model(student, path, notes)
 
 
@@ -440,45 +433,3 @@ def _environment():
         if name in ("keras", "numpy", keras.backend.backend()):
             versions[name] = importlib.metadata.version(name)
     return {"backend": keras.backend.backend(), "versions": versions}
-
-
-def _finished_result(config, folder):
-    """Returns the result of a finished run of the same configuration, None where there is none.
-
-    Raises:
-        InputError: The folder holds a run of another configuration.
-    """
-    try:
-        known = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"run_dir: can't read '{folder}': {error.strerror}.") from None
-    except yaml.YAMLError:
-        known = None
-    if not isinstance(known, dict):
-        raise InputError(f"run_dir: '{folder}/config.yaml' is damaged. Choose another --run_dir.")
-    wanted = dataclasses.asdict(config)
-    differences = [
-        f"{field}: {known.get(field)!r} there, {wanted[field]!r} here"
-        for field in wanted
-        if field not in _PLACES and known.get(field) != wanted[field]
-    ]
-    if differences:
-        raise InputError(
-            f"run_dir: '{folder}' holds a run of another configuration "
-            f"({'; '.join(differences)}). Choose another --run_dir."
-        )
-    metrics = folder / "metrics.json"
-    if not metrics.exists():
-        _set_aside(folder)
-        return None
-    return report.RunResult(**json.loads(metrics.read_text(encoding="utf-8")))
-
-
-def _set_aside(folder):
-    """Renames the folder of an interrupted run, so that starting again loses nothing."""
-    attempt = 1
-    while (aside := folder.with_name(f"{folder.name}.unfinished-{attempt}")).exists():
-        attempt += 1
-    folder.rename(aside)

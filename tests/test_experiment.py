@@ -15,7 +15,7 @@ import yaml
 
 import dskd_keras
 import train
-from dskd_keras import artifacts, experiment, models
+from dskd_keras import artifacts, evaluation, experiment, models, training
 from dskd_keras.config import ExperimentConfig
 from dskd_keras.report import RunResult, results_table
 
@@ -65,7 +65,11 @@ def history(folder):
 def test_a_run_leaves_what_it_promises(finished):
     folder = finished / "run" / "dskd" / "seed-0"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml", "history.csv", "metrics.json", "student.keras",
+        "config.yaml", "confusion.csv", "confusion.png", "history.csv", "layer_losses.png",
+        "layer_weights.png", "metrics.json", "student.keras", "tensorboard",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (finished / "run").iterdir()) == [
+        "dskd", "learning_curves.png", "report.html",
     ]  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["seeds"] == [0] and config["student"] == "resnet8" and config["epochs"] == 2
@@ -79,11 +83,55 @@ def test_a_run_leaves_what_it_promises(finished):
     assert metrics["best_accuracy"] == pytest.approx(max(accuracies))
     assert metrics["best_epoch"] == 1 + int(np.argmax(accuracies))
     assert metrics["best_chosen_on"] == "test"
-    assert metrics["images_per_second"] > 0
+    assert metrics["images_per_second"] > 0 and metrics["latency_ms"] > 0
+    assert metrics["command"].endswith(f"--run_dir {finished / 'run'} --teacher_dir "
+                                       f"{finished / 'teachers'} --seeds 0 1")  # fmt: skip
     assert metrics["teacher"]["model"] == "resnet8" and metrics["teacher"]["epochs"] == 2
     assert metrics["backend"] == keras.backend.backend() and "keras" in metrics["versions"]
     student = models.create("resnet8", 3, (8, 8, 3))
     assert metrics["parameters"] == sum(int(np.prod(v.shape)) for v in student.trainable_variables)
+    assert metrics["weight_bytes"] == sum(4 * int(np.prod(v.shape)) for v in student.variables)
+    page = (finished / "run" / "report.html").read_text()
+    assert f"{100 * metrics['test_accuracy']:.2f}" in page
+
+
+def test_what_is_measured_on_the_test_set(finished, images):
+    folder = finished / "run" / "dskd" / "seed-0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    data = np.load(images)
+    notes = artifacts.read_notes(folder / "student.keras")
+    x = ((data["x_test"] / 255 - notes["mean"]) / notes["std"]).astype("float32")
+    (cached,) = (finished / "teachers").glob("*.keras")
+    student, teacher = (
+        keras.models.load_model(path).predict(x, verbose=0).argmax(-1)
+        for path in (folder / "student.keras", cached)
+    )
+    assert metrics["teacher_agreement"] == pytest.approx(np.mean(student == teacher))
+    with open(folder / "confusion.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["true \\ predicted", *CLASSES] and [row[0] for row in rows] == [*CLASSES]
+    for true, row in enumerate(rows):
+        for predicted, count in enumerate(row[1:]):
+            assert int(count) == np.sum((data["y_test"] == true) & (student == predicted))
+
+
+def test_the_accuracy_of_heads():
+    dataset = dskd_keras.data.load("digits", train_examples=100)
+    distiller = dskd_keras.Distiller(
+        models.create("resnet14", 10, (32, 32, 3)),
+        models.create("resnet8", 10, (32, 32, 3)),
+        ["stage1", "stage2"],
+    )
+    x = dskd_keras.data.normalize(dataset.x_test, dataset.mean, dataset.std)
+    if keras.config.image_data_format() == "channels_first":
+        x = x.transpose(0, 3, 1, 2)
+    outputs = distiller.student_with_heads(x, training=False)
+    expected = {
+        layer: np.mean(keras.ops.convert_to_numpy(logits).argmax(-1) == dataset.y_test)
+        for layer, logits in outputs.deep_logits.items()
+    }
+    assert evaluation.head_accuracies(distiller, dataset) == pytest.approx(expected, abs=0.01)
+    assert len(set(expected.values())) == 2
 
 
 def test_the_student_is_bare_and_says_what_it_expects(finished, images, tmp_path):
@@ -141,27 +189,6 @@ def test_a_finished_run_is_kept(finished, images, tmp_path, capsys):
     assert (student.stat().st_mtime_ns, student.read_bytes()) == before
 
 
-def test_an_interrupted_run_leaves_its_student_and_is_set_aside(
-    finished, images, tmp_path, monkeypatch, capsys
-):
-    def interrupt(self, epoch, logs=None):
-        raise KeyboardInterrupt
-
-    flags = ["--teacher_dir", finished / "teachers", "--method", "kd"]
-    with monkeypatch.context() as patched:
-        patched.setattr(keras.callbacks.CSVLogger, "on_epoch_end", interrupt)
-        assert command(images, tmp_path, *flags) == 130
-    folder = tmp_path / "run" / "kd" / "seed-0"
-    assert "The student so far" in capsys.readouterr().out
-    assert keras.models.load_model(folder / "student.keras").name == "resnet8"
-    assert not (folder / "metrics.json").exists()
-
-    assert command(images, tmp_path, *flags) == 0
-    aside = tmp_path / "run" / "kd" / "seed-0.unfinished-1"
-    assert (aside / "student.keras").exists() and (folder / "metrics.json").exists()
-    assert not any(name.startswith("deep_") for name in history(folder)[0])
-
-
 def test_ce_builds_no_teacher_and_validation_chooses_the_best_epoch(
     images, tmp_path, monkeypatch, capsys
 ):
@@ -195,6 +222,11 @@ def test_ce_builds_no_teacher_and_validation_chooses_the_best_epoch(
     assert "best on the validation images" in " ".join(capsys.readouterr().out.split())
 
 
+def accuracy_of(model, images):
+    dataset = dskd_keras.data.load(str(images))
+    return evaluation.accuracy(evaluation.predicted_classes(model, dataset), dataset)
+
+
 def config(**fields):
     return ExperimentConfig(**{"teacher": "resnet8", "student": "resnet8", **fields})
 
@@ -220,7 +252,7 @@ def test_the_teachers_key_holds_what_shaped_it_and_no_more(images):
 
 def test_learning_rates():
     steps_per_epoch = 782
-    schedule = experiment._learning_rate(config(), 240 * steps_per_epoch)
+    schedule = training.learning_rate(config(), 240 * steps_per_epoch)
     for epoch, rate in ((0, 0.05), (149, 0.05), (150, 0.005), (180, 5e-4), (210, 5e-5)):
         first, last = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1
         assert float(schedule(first)) == pytest.approx(rate), epoch
@@ -229,16 +261,16 @@ def test_learning_rates():
                 rate if epoch == 0 else 10 * rate
             )
         assert float(schedule(last)) == pytest.approx(rate), epoch
-    cosine = experiment._learning_rate(config(schedule="cosine"), 100)
+    cosine = training.learning_rate(config(schedule="cosine"), 100)
     assert float(cosine(0)) == pytest.approx(0.05) and float(cosine(50)) == pytest.approx(0.025)
-    assert experiment._learning_rate(config(decay_at=[]), 100) == 0.05
+    assert training.learning_rate(config(decay_at=[]), 100) == 0.05
 
 
 def test_a_weak_teacher_is_refused_before_the_student_trains(finished, images, tmp_path, capsys):
     teachers = finished / "teachers"
-    before = [path.read_bytes() for path in teachers.iterdir()]
+    before = [path.read_bytes() for path in teachers.glob("*.keras")]
     flags = ["--teacher_dir", teachers, "--min_teacher_accuracy", 1.0]
-    (cached,) = teachers.iterdir()
+    (cached,) = teachers.glob("*.keras")
     broken = keras.models.load_model(cached)
     broken.set_weights([w * 0 for w in broken.get_weights()])
     broken.save(tmp_path / "broken.keras")
@@ -246,7 +278,7 @@ def test_a_weak_teacher_is_refused_before_the_student_trains(finished, images, t
     message = capsys.readouterr().err
     assert "min_teacher_accuracy: the teacher" in message and "reaches 0.3333" in message
     assert not (tmp_path / "run" / "dskd" / "seed-0" / "history.csv").exists()
-    assert [path.read_bytes() for path in teachers.iterdir()] == before
+    assert [path.read_bytes() for path in teachers.glob("*.keras")] == before
 
 
 def flip_a_byte(source, target):
@@ -259,7 +291,7 @@ def flip_a_byte(source, target):
 
 
 def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
-    (cached,) = (finished / "teachers").iterdir()
+    (cached,) = (finished / "teachers").glob("*.keras")
     teacher = keras.models.load_model(cached)
     teacher.save_weights(tmp_path / "good.weights.h5")
     models.create("resnet14", 3, (8, 8, 3)).save_weights(tmp_path / "foreign.weights.h5")
@@ -292,7 +324,7 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
         assert message in error and error.startswith("error: teacher") and "\n" not in error, name
     assert not (tmp_path / "run" / "dskd" / "seed-0" / "history.csv").exists()
 
-    accuracy = experiment._test_accuracy(teacher, dskd_keras.data.load(str(images)))
+    accuracy = accuracy_of(teacher, images)
     flags = ["--teacher_weights", tmp_path / "good.weights.h5", "--epochs", 1]
     assert command(images, tmp_path, *flags) == 0
     assert f"Teacher resnet8: {100 * accuracy:.2f} % on the test set" in capsys.readouterr().out
@@ -301,7 +333,7 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
 
 def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
     torch = pytest.importorskip("torch")
-    (cached,) = (finished / "teachers").iterdir()
+    (cached,) = (finished / "teachers").glob("*.keras")
     teacher = keras.models.load_model(cached)
     tensors = {}
     for layer in teacher.layers:
@@ -318,7 +350,7 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
     assert error.startswith("error: teacher_weights: ") and "\n" not in error
     assert "does not fit resnet8; missing keys: conv1.weight, bn1.weight" in error
 
-    accuracy = experiment._test_accuracy(teacher, dskd_keras.data.load(str(images)))
+    accuracy = accuracy_of(teacher, images)
     flags = ["--teacher_weights", tmp_path / "ckpt_epoch_240.pth", "--epochs", 1]
     assert command(images, tmp_path, *flags) == 0
     assert f"Teacher resnet8: {100 * accuracy:.2f} % on the test set" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from dskd_keras import experiment
+from dskd_keras import experiment, training
 from dskd_keras.config import ExperimentConfig, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -44,9 +44,7 @@ def test_every_pair_takes_a_step(path, seen):
     # The other backends compile every pair's step for a minute.
     if keras.backend.backend() == "torch":
         before = small.values(student.trainable_variables)
-        distiller.compile(
-            keras.optimizers.SGD(config.learning_rate), **experiment._compile_options()
-        )
+        distiller.compile(keras.optimizers.SGD(config.learning_rate), **training.compile_options())
         logs = distiller.train_on_batch(images, rng.integers(0, classes, 2), return_dict=True)
         assert all(np.isfinite(float(value)) for value in logs.values())
         for layer in config.student_layers:

@@ -77,8 +77,8 @@ class TrainingBatches(keras.utils.PyDataset):
 
     Keras calls `on_epoch_begin` a different number of times on each backend, and fetches batches of
     the next epoch before this one ends. So nothing here counts: batch `index` belongs to epoch
-    `first_epoch + index // steps_per_epoch`, and its images, crops and flips follow from the seed,
-    the epoch and the step alone. A run that is resumed with `first_epoch` sees what the
+    `(first_batch + index) // steps_per_epoch`, and its images, crops and flips follow from the
+    seed, the epoch and the step alone. A run that is resumed with `first_batch` sees what the
     uninterrupted run would have seen. Use it as
 
     ```python
@@ -101,7 +101,7 @@ class TrainingBatches(keras.utils.PyDataset):
         std: C floats, of pixels in [0, 1].
         augmentation: `"crop_flip"` (each image is padded with 4 black pixels, cropped and mirrored
             at random, as is usual for CIFAR), `"crop"` or `"none"`. Defaults to `"crop_flip"`.
-        first_epoch: The epoch of batch 0, counted from 0: the `initial_epoch` of `fit`.
+        first_batch: Batches of the training that were done before. Defaults to 0.
 
     Raises:
         InputError: Where an argument is out of its range.
@@ -116,13 +116,13 @@ class TrainingBatches(keras.utils.PyDataset):
         mean,
         std,
         augmentation="crop_flip",
-        first_epoch=0,
+        first_batch=0,
     ):
         super().__init__(workers=1)
         _check(images, labels, batch_size)
         if augmentation not in AUGMENTATIONS:
             raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-        for field, value in (("seed", seed), ("first_epoch", first_epoch)):
+        for field, value in (("seed", seed), ("first_batch", first_batch)):
             if value < 0:
                 raise InputError(f"{field}: {value} should be 0 or more.")
         self.images = images
@@ -132,7 +132,7 @@ class TrainingBatches(keras.utils.PyDataset):
         self.mean = mean
         self.std = std
         self.augmentation = augmentation
-        self.first_epoch = first_epoch
+        self.first_batch = first_batch
         self._order = (None, None)
 
     @property
@@ -146,7 +146,7 @@ class TrainingBatches(keras.utils.PyDataset):
         return math.ceil(len(self.images) / self.batch_size)
 
     def __getitem__(self, index):
-        """Returns batch `index`, counted from the start of `first_epoch`.
+        """Returns batch `index`, counted from `first_batch`.
 
         Args:
             index: Non-negative integer.
@@ -155,8 +155,7 @@ class TrainingBatches(keras.utils.PyDataset):
             `(x, y)`: float32 `[B, H, W, C]`, or `[B, C, H, W]` where Keras's image data format is
             `"channels_first"`, and int32 `[B]`.
         """
-        epoch, step = divmod(index, self.steps_per_epoch)
-        epoch += self.first_epoch
+        epoch, step = divmod(self.first_batch + index, self.steps_per_epoch)
         start = step * self.batch_size
         chosen = self._permutation(epoch)[start : start + self.batch_size]
         images = self.images[chosen]

@@ -1,0 +1,14 @@
+"""Keras callbacks for distillation: what a run shows and keeps while it trains."""
+
+from dskd_keras.callbacks.layer_weights import LayerWeightLogger
+from dskd_keras.callbacks.non_finite import StopOnNonFiniteLoss
+from dskd_keras.callbacks.progress import ProgressLine, Throughput
+from dskd_keras.callbacks.tensorboard import TensorBoardScalars
+
+__all__ = [
+    "LayerWeightLogger",
+    "ProgressLine",
+    "StopOnNonFiniteLoss",
+    "TensorBoardScalars",
+    "Throughput",
+]

@@ -1,0 +1,142 @@
+"""Scalars for TensorBoard, written without TensorFlow."""
+
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+
+import keras
+
+from dskd_keras.errors import InputError
+
+
+class TensorBoardScalars(keras.callbacks.Callback):
+    """Writes the logs of every epoch for TensorBoard, with the `tensorboard` package alone.
+
+    `keras.callbacks.TensorBoard` runs TensorFlow, which a run on JAX or PyTorch may not have, or
+    may not want: it would take the memory of the same GPU. Layout and names are those of Keras's
+    callback: `FOLDER/train` and `FOLDER/validation` hold the same tags, `epoch_NAME`, with the
+    epoch, counted from 0, as the step; `epoch_learning_rate` is in `train`, also where it follows a
+    schedule. Files are complete after every epoch. Where training goes on at a later epoch in the
+    same folder, what an interrupted run wrote from that epoch on is no longer shown.
+
+    Args:
+        folder: Path of the folder to write into; `tensorboard --logdir FOLDER` shows it.
+
+    Raises:
+        InputError: The `tensorboard` package is missing.
+
+    Example:
+
+    ```python
+    distiller.fit(x, y, callbacks=[dskd_keras.callbacks.TensorBoardScalars("runs/tensorboard")])
+    ```
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        self._train = EventFile(Path(folder, "train"))
+        self._validation = EventFile(Path(folder, "validation"))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes the epoch's logs."""
+        train, validation = {}, {}
+        for name, value in (logs or {}).items():
+            if name.startswith("val_"):
+                validation[f"epoch_{name[4:]}"] = value
+            else:
+                train[f"epoch_{name}"] = value
+        for name, value in _learning_rates(self.model.optimizer).items():
+            train[f"epoch_{name}"] = value
+        self._train.write(epoch, train)
+        if validation:
+            self._validation.write(epoch, validation)
+
+    def on_train_end(self, logs=None):
+        """Closes the files; another `fit` writes into new ones."""
+        self._train.close()
+        self._validation.close()
+
+
+def _learning_rates(optimizer):
+    # As Keras's callback names them.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if hasattr(optimizer, "optimizers"):
+        return {f"learning_rate_{part.name}": _rate(part) for part in optimizer.optimizers}
+    return {"learning_rate": _rate(optimizer)}
+
+
+def _rate(optimizer):
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+class EventFile:
+    """Scalars of one run in TensorBoard's format, in a file that is made by the first `write`.
+
+    TensorBoard follows the newest file of a folder, so a folder wants one `EventFile` at a time.
+
+    Args:
+        folder: Path of its folder.
+
+    Raises:
+        InputError: The `tensorboard` package is missing.
+    """
+
+    # Makes the names of a process's files differ; the later one sorts last.
+    _numbers = itertools.count()
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+        self._file = None
+        _tensorboard()
+
+    def write(self, step, scalars):
+        """Writes scalars of one step, and flushes.
+
+        Args:
+            step: Integer. Where the file is new, TensorBoard drops what older files of the folder
+                hold from this step on: a run that was interrupted, and is continued here.
+            scalars: A dict of tags and numbers.
+        """
+        events, summaries, records = _tensorboard()
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            name = (
+                f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}."
+                f"{os.getpid()}.{next(self._numbers):06d}"
+            )
+            # Not tensorboard's EventFileWriter: that one opens files through TensorFlow, if it is
+            # there, and needs a thread.
+            self._file = open(self._folder / name, "xb")  # noqa: SIM115
+            self._records = records.RecordWriter(self._file)
+            self._add(events.Event(file_version="brain.Event:2"))
+            start = events.SessionLog(status=events.SessionLog.START)
+            self._add(events.Event(step=step, session_log=start))
+        values = [
+            summaries.Summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in scalars.items()
+        ]
+        self._add(events.Event(step=step, summary=summaries.Summary(value=values)))
+        self._file.flush()
+
+    def close(self):
+        """Closes the file; a later `write` makes another."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _add(self, event):
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
+def _tensorboard():
+    try:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer import record_writer
+    except ImportError:
+        raise InputError(
+            "TensorBoard's files need the package tensorboard. Install it: pip install tensorboard."
+        ) from None
+    return event_pb2, summary_pb2, record_writer

@@ -1,0 +1,389 @@
+"""Exports a student to ONNX, SavedModel or LiteRT, and compares the file's logits with the model's.
+
+The conversion is Keras's own, `keras.Model.export`. What it wrote is then run by another runtime:
+converters have written files that don't load, and files that give other logits.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from dskd_keras.errors import InputError, unknown_name
+
+# How the name of an exported student ends. A SavedModel is a folder.
+SUFFIXES = {"onnx": ".onnx", "saved_model": "_saved_model", "litert": ".tflite"}
+FORMATS = tuple(SUFFIXES)
+
+# Largest difference of a logit, in standard deviations of the logits. Six models, one of each
+# family and more, came out within 2.5e-6 in every format on every backend (on CPUs); an epsilon of
+# all batch normalisations that is wrong by 1e-3 gives 8e-4 or more.
+TOLERANCE = 1e-4
+
+# What each format imports on each backend, by the names to import; pip knows them with hyphens.
+# What is not here can't be had:
+# - ONNX from JAX: jax2onnx 0.17.1 writes max pooling over four dimensions, which ONNX Runtime
+#   doesn't run, and comes with 34 packages.
+# - SavedModel from PyTorch: Keras takes torch_xla, whose last release (2.9) wants torch 2.9.
+# - LiteRT from JAX: Keras doesn't.
+# - LiteRT from PyTorch: litert-torch comes with transformers and 37 other packages (535 MB),
+#   and fixes the batch to 1.
+_PACKAGES = {
+    ("onnx", "tensorflow"): ("onnx", "onnxruntime", "tf2onnx"),
+    ("onnx", "torch"): ("onnx", "onnxruntime"),
+    ("saved_model", "tensorflow"): (),
+    ("saved_model", "jax"): ("tensorflow",),
+    ("litert", "tensorflow"): ("ai_edge_litert",),
+}
+
+
+class ExportError(RuntimeError):
+    """A model that could not be exported, or an exported file that gives other logits.
+
+    The message is one line that names the model and the format and says what was seen.
+    """
+
+
+def check_available(format: str) -> None:
+    """Raises unless this process can export to a format and check what it wrote.
+
+    It imports nothing, so it takes milliseconds, and training can wait for its answer.
+
+    Args:
+        format: One of `FORMATS`.
+
+    Raises:
+        InputError: The format is unknown, the current Keras backend can't export to it, or packages
+            are missing; the message says which backend or packages to take.
+    """
+    if format not in FORMATS:
+        raise unknown_name("export", format, FORMATS)
+    backend = keras.backend.backend()
+    packages = _PACKAGES.get((format, backend))
+    if packages is None:
+        able = " or ".join(able for known, able in _PACKAGES if known == format)
+        raise InputError(
+            f"export: {format!r} can't be written with the {backend} backend. Take KERAS_BACKEND="
+            f"{able}; a student.keras that {backend} trained loads there too."
+        )
+    missing = [name.replace("_", "-") for name in packages if not _installed(name)]
+    if missing:
+        raise InputError(
+            f"export: {format!r} with the {backend} backend needs {' and '.join(missing)}. Install "
+            f"with: pip install {' '.join(missing)}"
+        )
+    channels_first = keras.config.image_data_format() == "channels_first"
+    if channels_first and (format, backend) == ("saved_model", "tensorflow"):
+        # TensorFlow's convolutions lack it on CPUs, where the file is checked.
+        raise InputError(
+            "export: 'saved_model' with the tensorflow backend needs the image data format "
+            "channels_last; onnx and litert take channels_first too."
+        )
+
+
+def export(
+    model: keras.Model, format: str, path: str | os.PathLike, images: np.ndarray
+) -> tuple[Path, float]:
+    """Exports a model, and keeps the file only if another runtime gets the same logits from it.
+
+    The file takes batches of any size. ONNX Runtime, TensorFlow's SavedModel loader or the LiteRT
+    interpreter runs it on the CPU on `images`, all of them as one batch. What the converters print
+    is dropped. A file or folder that is already there is replaced after the check has passed, and
+    stays otherwise.
+
+    Args:
+        model: A functional or Sequential model from one batch of images to logits `[B, C]`, in
+            float32.
+        format: One of `FORMATS`.
+        path: Where to write; a file for "onnx" and "litert", a folder for "saved_model". Only one
+            process at a time may export to it. `SUFFIXES[format]` is the usual ending.
+        images: float32 `[N, *model.input_shape[1:]]`, as the model takes them, N at least 2. They
+            should be images like those that it was trained on: noise may leave parts of a model
+            unused.
+
+    Returns:
+        The path, and the measured difference: the largest absolute difference of a logit, divided
+        by the standard deviation of all `N · C` logits of the Keras model.
+
+    Raises:
+        InputError: As `check_available`, or the model or `images` can't be used.
+        ExportError: The conversion failed, the other runtime can't run the file, or the difference
+            is above `TOLERANCE`.
+
+    Example:
+
+    ```python
+    path, difference = export(student, "onnx", "student.onnx", x_test[:64])
+    ```
+    """
+    check_available(format)
+    images = np.asarray(images)
+    _check_arguments(model, images)
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.exporting")
+    for leftover in path.parent.glob(f".{path.name}.*.exporting"):
+        shutil.rmtree(leftover)  # of a process that was killed
+    aside.mkdir(parents=True)
+    try:
+        # Before the conversion: Keras exports only models that have been called.
+        expected = _keras_logits(model, images)
+        # Keras refuses a LiteRT file of another suffix, whatever the user calls it.
+        written = aside / f"model{SUFFIXES[format]}"
+        try:
+            with _quiet():
+                _convert(model, format, written)
+        except Exception as error:  # the converters raise all kinds
+            raise ExportError(
+                f"export: {model.name} can't be converted to {format!r}: {_one_line(error)}"
+            ) from error
+        try:
+            with _quiet():
+                logits = _RUNTIMES[format](written, images)
+        except Exception as error:
+            raise ExportError(
+                f"export: {model.name} was converted to {format!r}, but what came out can't be run "
+                f"on {len(images)} images: {_one_line(error)}"
+            ) from error
+        difference = _difference(logits, expected)
+        if not difference <= TOLERANCE:  # NaN is none either
+            raise ExportError(
+                f"export: {model.name} gives other logits in {format!r} than in Keras: they differ "
+                f"by {difference:.2g} standard deviations, where {TOLERANCE:.0e} is allowed."
+            )
+        _replace(written, path, aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path, difference
+
+
+def _installed(name):
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def _check_arguments(model, images):
+    """Raises `InputError` for a model or images that can't be compared."""
+    if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.outputs[0].shape) != 2:
+        raise InputError(
+            f"export: {model.name} should have one input and give one output, logits [B, C]."
+        )
+    policies = {layer.compute_dtype for layer in model._flatten_layers()}
+    if policies != {"float32"}:
+        raise InputError(
+            f"export: {model.name} computes in {' and '.join(sorted(policies - {'float32'}))}; "
+            "only models in float32 can be exported."
+        )
+    expected = tuple(model.inputs[0].shape[1:])
+    if images.dtype != "float32" or images.shape[1:] != expected or len(images) < 2:
+        raise InputError(
+            f"images: {images.dtype} of shape {images.shape} are not two or more float32 images "
+            f"of shape {expected}, which {model.name} takes."
+        )
+
+
+def _convert(model, format, path):
+    """Writes the model to `path` by Keras's own export."""
+    backend = keras.backend.backend()
+    if format == "saved_model":
+        arguments = {}
+        if backend == "jax":
+            # Otherwise only machines with the kind of processor that trained the student run it.
+            arguments["jax2tf_kwargs"] = {
+                "native_serialization": True,
+                "native_serialization_platforms": ("cpu", "cuda"),
+            }
+        model.export(path, format="tf_saved_model", verbose=False, **arguments)
+        return
+    with _convertible(model) if backend == "tensorflow" else contextlib.nullcontext():
+        model.export(path, format=format, verbose=False)
+
+
+@contextlib.contextmanager
+def _convertible(model):
+    """Lets layers be traced, for the time of a conversion, into what tf2onnx understands.
+
+    Keras compiles grouped convolutions by XLA, since TensorFlow's operation lacks them on CPUs, and
+    tf2onnx leaves a compiled function in the file as it is. In a graph that is only converted
+    TensorFlow's operation will do. And it makes additional inputs of the tensors that a
+    `Normalization` with a given mean holds, but constants of arrays.
+    """
+    import tensorflow as tf
+
+    def convolution_op(layer, inputs, kernel):
+        return tf.nn.convolution(
+            inputs,
+            kernel,
+            strides=list(layer.strides),
+            padding=layer.padding.upper(),
+            dilations=list(layer.dilation_rate),
+            data_format="NCHW" if layer.data_format == "channels_first" else "NHWC",
+        )
+
+    replaced = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Conv2D) and layer.groups > 1:
+            # The hook that Keras documents for convolutions, here of one object.
+            replaced.append((layer, "convolution_op", convolution_op.__get__(layer)))
+        elif isinstance(layer, keras.layers.Normalization):
+            replaced += [
+                (layer, name, keras.ops.convert_to_numpy(getattr(layer, name)))
+                for name in ("mean", "variance")
+            ]
+    with contextlib.ExitStack() as stack:
+        for layer, name, value in replaced:
+            # Past Keras, which would track what is set.
+            if name in vars(layer):
+                stack.callback(object.__setattr__, layer, name, vars(layer)[name])
+            else:
+                stack.callback(object.__delattr__, layer, name)
+            object.__setattr__(layer, name, value)
+        yield
+
+
+def _onnx_logits(path, images):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # only what is fatal
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
+    return logits
+
+
+def _saved_model_logits(path, images):
+    import tensorflow as tf
+
+    with tf.device("CPU:0"):
+        loaded = tf.saved_model.load(str(path))  # its variables live as long as it does
+        logits = loaded.serve(tf.constant(images))
+    return np.asarray(logits)
+
+
+def _litert_logits(path, images):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path))
+    (inputs,), (outputs,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(inputs["index"], images.shape, strict=True)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(inputs["index"], images)
+    interpreter.invoke()
+    return interpreter.get_tensor(outputs["index"]).copy()
+
+
+# By format: from a path and images, float32 `[N, …]`, to logits `[N, C]`.
+_RUNTIMES = {
+    "onnx": _onnx_logits,
+    "saved_model": _saved_model_logits,
+    "litert": _litert_logits,
+}
+
+
+def _keras_logits(model, images):
+    """Returns the model's logits `[N, C]` in inference mode, computed in full float32."""
+    backend, data_format = keras.backend.backend(), keras.config.image_data_format()
+    with _full_float32():
+        if (backend, data_format) == ("tensorflow", "channels_first"):
+            import tensorflow as tf
+
+            # Uncompiled, TensorFlow's convolutions lack this data format on CPUs.
+            compiled = tf.function(lambda x: model(x, training=False), jit_compile=True)
+            return compiled(tf.constant(images)).numpy()
+        return model.predict(images, batch_size=len(images), verbose=0)
+
+
+@contextlib.contextmanager
+def _full_float32():
+    """Keeps GPUs from TF32, which keeps 10 bits of a number: its errors would be the export's."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(before)
+    elif backend == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            yield
+    else:
+        import torch
+
+        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _difference(logits, expected):
+    """Largest absolute difference in standard deviations of what is expected."""
+    if logits.shape != expected.shape:
+        return float("inf")
+    logits, expected = logits.astype("float64"), expected.astype("float64")
+    return float(np.abs(logits - expected).max() / max(expected.std(), np.finfo("float32").tiny))
+
+
+def _replace(written, path, aside):
+    """Puts what was written in its place, whole."""
+    files = [written] if written.is_file() else written.rglob("*")
+    for file in files:
+        if file.is_file():
+            # On the disk before the old one goes, should the machine lose power.
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+    if not path.is_dir():
+        os.replace(written, path)
+        return
+    # A folder takes the place of an empty one only, so the old one moves first.
+    old = aside / "old"
+    os.replace(path, old)
+    try:
+        os.replace(written, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Drops what is printed, warned of and logged, by Python and by the libraries under it."""
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(tempfile.TemporaryFile("w"))
+        for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+            with contextlib.suppress(ValueError, AttributeError):  # closed, or there is none
+                stream.flush()
+            try:
+                kept = os.dup(descriptor)
+            except OSError:  # a process without a terminal may have closed it
+                continue
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, descriptor)
+            os.dup2(sink.fileno(), descriptor)
+        # In a notebook these two are not the descriptors. The sink is flushed before they go back.
+        stack.callback(sink.flush)
+        stack.enter_context(contextlib.redirect_stdout(sink))
+        stack.enter_context(contextlib.redirect_stderr(sink))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)
+        yield
+
+
+def _one_line(error):
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 400 else f"{message[:400]}…"

@@ -1,0 +1,126 @@
+"""Runs train.py and dies at given moments: `python killed_run.py MOMENT,… FLAG…`, for test_resume.
+
+Each moment has a process of its own, forked from this one once the backend is imported, which is
+most of such a short run. The first that does not die by SIGKILL ends it, with its exit status.
+With EAGERLY=1 in the environment TensorFlow compiles nothing.
+
+MOMENT is `PHASE:WHAT:STEPS`, with PHASE `teacher` or `student`, STEPS the number of training steps
+done by then, and WHAT one of
+
+    step      after the step, before a checkpoint
+    test      in the evaluation at the end of the epoch
+    epoch     the epoch is in history.csv, its checkpoint is not yet written
+    half      half of the checkpoint is written aside
+    aside     all of it is written aside
+    renamed   it has its name, older ones are still there
+    full      no step kills; the disk is full from here on
+
+or one of `student:trained:0`, `student:saved:0`, `student:evaluated:0` and `teacher:saved:0` after
+the training: before the model's file is there, when it is, and before metrics.json is. `none` lets
+it run.
+"""
+
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from dskd_keras import artifacts, checkpoints, experiment
+
+if os.environ.get("EAGERLY"):
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+
+moment = phase = None
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def reach(what, steps=0):
+    if moment == f"{phase}:{what}:{steps}":
+        if what == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        else:
+            die()
+
+
+def before(owner, name, hook):
+    """Calls `hook` with the arguments of `owner.name` before it is called."""
+    function = getattr(owner, name)
+
+    def hooked(*args, **kwargs):
+        hook(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, hooked)
+
+
+def enter(name):
+    def hook(*_, **__):
+        global phase
+        phase = name
+
+    return hook
+
+
+def after_step(self, batch, logs=None):
+    steps = self._epoch * self._steps_per_epoch + self._first_step + batch + 1
+    reach("step", steps)
+    reach("full", steps)
+
+
+def write(path, data):
+    if path.parent.name == "checkpoints":
+        steps = int(path.name[5:14])
+        if moment == f"{phase}:half:{steps}":
+            path.with_name(f".{path.stem}.1.tmp").write_bytes(data[: len(data) // 2])
+            die()
+        if moment == f"{phase}:aside:{steps}":
+            path.with_name(f".{path.stem}.1.tmp").write_bytes(data)
+            die()
+    elif path.name == "metrics.json":
+        reach("evaluated")
+    write_bytes(path, data)
+    if path.parent.name == "checkpoints":
+        reach("renamed", steps)
+
+
+def save_model(model, path, notes):
+    reach("trained")
+    save(model, path, notes)
+    reach("saved")
+
+
+before(experiment, "_train_teacher", enter("teacher"))
+before(experiment, "_train_student", enter("student"))
+before(checkpoints.Checkpointer, "on_train_batch_end", after_step)
+before(
+    checkpoints.Checkpointer,
+    "on_epoch_end",
+    lambda self, epoch, logs=None: reach("epoch", (epoch + 1) * self._steps_per_epoch),
+)
+checkpoints.Checkpointer.on_test_begin = lambda self, logs=None: reach(
+    "test", (self._epoch + 1) * self._steps_per_epoch
+)
+write_bytes, artifacts.write_bytes = artifacts.write_bytes, write
+save, artifacts.save_model = artifacts.save_model, save_model
+
+for number, moment in enumerate(sys.argv[1].split(",")):
+    process = os.fork()
+    if not process:
+        status = train.main(sys.argv[2:])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status != -signal.SIGKILL:
+        print(f"{number} killed, then {moment} ended with {status}")
+        sys.exit(status)
+sys.exit(f"all {number + 1} killed")
