@@ -55,7 +55,8 @@ def main(pair: str = "resnet110_resnet32", steps: int = 82):
         models.create(name, 100, (32, 32, 3)) for name in (config.teacher, config.student)
     )
     distiller = Distiller(teacher, student, config.student_layers)
-    distiller.compile(SGD(config.learning_rate, config.momentum), **compile_options())
+    # Noise teaches nothing; with a small rate at least nothing diverges.
+    distiller.compile(SGD(1e-6, config.momentum), **compile_options())
 
     def batches():
         while True:
@@ -68,6 +69,7 @@ def main(pair: str = "resnet110_resnet32", steps: int = 82):
         distiller.fit(
             batches(),
             steps_per_epoch=steps,
+            shuffle=False,
             verbose=0,
             callbacks=[timed, checkpointer],
         )

@@ -121,16 +121,21 @@ def train(config, distiller, dataset, seed, folder, console):
             checkpointer,
         ]
 
-        def fit(epoch, step, epochs):
+        def fit(epoch, step):
             non_finite.first_step = step
+
+            def end_of_epoch(*_):
+                # The rest of an epoch has fewer steps than the epochs after it.
+                distiller.stop_training = step > 0
+
             distiller.fit(
                 _training_batches(config, dataset, seed, epoch * steps + step),
                 steps_per_epoch=steps - step,
                 initial_epoch=epoch,
-                epochs=epochs,
+                epochs=config.epochs,
                 shuffle=False,
                 validation_data=held_out,
-                callbacks=callbacks,
+                callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=end_of_epoch), *callbacks],
                 # The moving bar needs a terminal; a log gets one line an epoch.
                 verbose=1 if sys.stdout.isatty() else 2,
             )
@@ -143,11 +148,10 @@ def train(config, distiller, dataset, seed, folder, console):
                 console.print(f"Continuing after epoch {epoch} of {config.epochs}"
                               + (f", step {step} of {steps}." if step else "."))  # fmt: skip
             if step:
-                # The rest of an epoch has fewer steps than the epochs after it.
-                fit(epoch, step, epoch + 1)
-                epoch += 1
+                fit(epoch, step)
+                epoch, step = epoch + 1, 0
             if epoch < config.epochs:
-                fit(epoch, 0, config.epochs)
+                fit(epoch, step)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
