@@ -1,5 +1,6 @@
 """Distills a teacher into a student: `python train.py --pair resnet110_resnet32`."""
 
+import logging
 import os
 import shlex
 import signal
@@ -8,6 +9,8 @@ from pathlib import Path
 
 # TensorFlow greets with a dozen lines about the processor; they would bury the first error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# It also warns of every new model that predicts.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 _BACKENDS = ("tensorflow", "jax", "torch")
 

@@ -9,7 +9,6 @@ import io
 import json
 import re
 import shutil
-import warnings
 from typing import Any, NamedTuple
 
 import keras
@@ -21,6 +20,7 @@ from dskd_keras.interruption import Interrupted
 
 # The newest, and the one before it in case the newest is damaged.
 _KEPT = 2
+_DAMAGED = ".damaged"
 _NAME = re.compile(r"step-(\d+)\.([0-9a-f]{32})\.npz")
 
 
@@ -86,19 +86,24 @@ class CheckpointFolder:
         for older in self._newest_first()[_KEPT:]:
             older.unlink()
 
-    def newest(self):
-        """Returns the newest whole `Checkpoint`, or None, and warns of damaged ones."""
+    def newest(self, say):
+        """Returns the newest whole `Checkpoint`, or None.
+
+        Damaged ones are renamed, so that they don't count among the newest two.
+
+        Args:
+            say: Called with a line about each that can't be used.
+        """
         for path in self._newest_first():
             try:
                 content = path.read_bytes()
             except OSError as error:
-                warnings.warn(f"Can't read the checkpoint '{path}' ({error.strerror}); "
-                              "the one before it is taken.", stacklevel=2)  # fmt: skip
+                say(f"Can't read the checkpoint '{path}': {error.strerror}. Passing it over.")
                 continue
             if _checksum(content) != _NAME.fullmatch(path.name)[2]:
-                warnings.warn(
-                    f"The checkpoint '{path}' is damaged; the one before it is taken.", stacklevel=2
-                )
+                aside = path.with_name(path.name + _DAMAGED)
+                path.rename(aside)
+                say(f"A checkpoint is damaged and passed over: '{aside}'.")
                 continue
             with np.load(io.BytesIO(content)) as arrays:
                 notes = json.loads(arrays["notes"].tobytes())
@@ -110,8 +115,10 @@ class CheckpointFolder:
         return None
 
     def exist(self):
-        """Returns whether there are any, whole or not."""
-        return bool(self._newest_first())
+        """Returns whether there are any, whole or damaged."""
+        return self.path.is_dir() and any(
+            _NAME.fullmatch(path.name.removesuffix(_DAMAGED)) for path in self.path.iterdir()
+        )
 
     def clear(self):
         """Removes all checkpoints: the training is over and what came of it is saved."""

@@ -266,6 +266,8 @@ def _one_line(config_class, message):
     if wrong and wrong[1] in hints:
         field, value = wrong.groups()
         kind = hints[field]
+        if typing.get_origin(kind) is list and typing.get_origin(typing.get_args(kind)[0]):
+            kind = typing.get_args(kind)[0]  # of names to choose from
         if typing.get_origin(kind) is Literal:
             return unknown_name(field, value.strip(), typing.get_args(kind))
         return InputError(f"{field} should be {_kind_name(kind)}. Received: {value.strip()!r}.")

@@ -287,7 +287,9 @@ def _train_teacher(config, dataset, cached, recipe, console):
                 config, distiller, dataset, config.teacher_seed, folder, console
             )
         except KeyboardInterrupt:
-            console.print("Interrupted while the teacher was trained; --resume goes on.")
+            console.print(
+                f"Interrupted while the teacher was trained ({folder}); --resume goes on."
+            )
             raise
         result = {
             "images_per_second": trained.images_per_second,
@@ -311,17 +313,18 @@ def _train_student(config, dataset, teacher, seed, folder, command, console):
     keras.utils.set_random_seed(seed)
     student = _student(config, dataset)
     distiller = _distiller(config, teacher and teacher.model, student)
+    # Not student.keras: that one is finished.
+    so_far = folder / "student_interrupted.keras"
     try:
         trained = training.train(config, distiller, dataset, seed, folder, console)
     except KeyboardInterrupt:
         # Before the first step is done a student has nothing to keep, and on JAX no values at all.
         with contextlib.suppress(Exception):
-            _save_student(config, student, dataset, folder / "student.keras")
-            console.print(
-                f"Interrupted. The student so far: {folder / 'student.keras'}; --resume goes on."
-            )
+            _save_student(config, student, dataset, so_far)
+            console.print(f"Interrupted. The student so far: {so_far}; --resume goes on.")
         raise
     _save_student(config, student, dataset, folder / "student.keras")
+    so_far.unlink(missing_ok=True)
     classes = evaluation.predicted_classes(student, dataset)
     heads = evaluation.head_accuracies(distiller, dataset)
     accuracies = trained.history["val_accuracy"]
@@ -380,6 +383,7 @@ def _export(config, dataset, folder, console):
     for format in config.export:
         target = folder / f"student{export.SUFFIXES[format]}"
         if target.exists():
+            console.print(f"Exported before: {target}")
             continue
         student = student or keras.models.load_model(path, compile=False)
         _, difference = export.export(student, format, target, images)
@@ -389,7 +393,7 @@ def _export(config, dataset, folder, console):
 
 def _write_confusion(path, counts, dataset):
     table = io.StringIO(newline="")
-    writer = csv.writer(table)
+    writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["true \\ predicted", *dataset.class_names])
     for name, row in zip(dataset.class_names, counts.tolist(), strict=True):
         writer.writerow([name, *row])

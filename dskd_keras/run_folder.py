@@ -44,7 +44,8 @@ def finished_result(config, folder):
     if differences:
         raise InputError(
             f"run_dir: '{folder}' holds a run of another configuration "
-            f"({'; '.join(differences)}). Choose another --run_dir."
+            f"({'; '.join(differences)}). Choose another --run_dir, or take its configuration: "
+            f"--config {folder / 'config.yaml'}."
         )
     metrics = folder / "metrics.json"
     if not metrics.exists():

@@ -79,7 +79,7 @@ def train(config, distiller, dataset, seed, folder, console):
         **compile_options(),
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
-    found = checkpoints.newest() if config.resume else None
+    found = checkpoints.newest(console.print) if config.resume else None
     if config.resume and found is None and checkpoints.exist():
         raise InputError(
             f"resume: no checkpoint in '{checkpoints.path}' can be used. Start without --resume, "
@@ -99,7 +99,8 @@ def train(config, distiller, dataset, seed, folder, console):
     def held_elsewhere():
         return best.weights, {
             "best": best.value,
-            "history": path.read_text(encoding="utf-8"),
+            # As it is: its lines end as the csv module ends them.
+            "history": path.read_bytes().decode(),
             "seconds": seconds_before + time.perf_counter() - start,
             "environment": environment,
         }

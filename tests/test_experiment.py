@@ -367,6 +367,11 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
         (["--dataset", "digitz"], "digits"),
         (["--dataset", "./nothing.npz"], "nothing.npz"),
         (["--train_examples", "1000"], "train_examples"),
+        (["--checkpoint_steps", "0"], "checkpoint_steps should be at least 1. Received: 0"),
+        (
+            ["--export", "tflite"],
+            "export: unknown name 'tflite'. Did you mean 'litert'? Choices: onnx",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_training(images, tmp_path, capsys, flags, message):

@@ -97,8 +97,8 @@ def outcome(folder):
     (teacher,) = (folder / "teachers").glob("*.keras")
     return {
         "metrics": metrics,
-        "history": (run / "history.csv").read_text(),
-        "teacher's history": teacher.with_suffix("").joinpath("history.csv").read_text(),
+        "history": (run / "history.csv").read_bytes(),
+        "teacher's history": teacher.with_suffix("").joinpath("history.csv").read_bytes(),
         "confusion": (run / "confusion.csv").read_text(),
         "weights": [
             weight.tobytes()
@@ -124,7 +124,7 @@ def test_killed_at_moments_of_all_kinds(images, tmp_path, moments, eagerly):
     )
     assert done.stdout.strip().endswith(f"{len(moments)} killed, then none ended with 0"), done
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
-    for left in ("checkpoints", "*.tmp*", "*.unfinished*"):
+    for left in ("checkpoints", "*.tmp*", "*.unfinished*", "student_interrupted.keras"):
         assert not list(tmp_path.rglob(left)), left
 
 
@@ -174,7 +174,8 @@ def test_a_signal_stops_after_the_step_and_loses_none(
     assert [path.name[:14] for path in newest_first(stopped)] == [
         "step-000000007", "step-000000006"
     ]  # fmt: skip
-    assert keras.models.load_model(stopped / "student.keras").name == "resnet8"
+    assert keras.models.load_model(stopped / "student_interrupted.keras").name == "resnet8"
+    assert not (stopped / "student.keras").exists()
     assert not (stopped / "metrics.json").exists()
 
     # Once more, now by Ctrl-C, in the last step of an epoch: that one is finished first.
@@ -215,22 +216,35 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [cut, flip])
-def test_a_damaged_checkpoint_is_passed_over(finished, stopped, images, damage):
-    newest = newest_first(stopped)[0]
+def test_a_damaged_checkpoint_is_passed_over(
+    finished, stopped, images, monkeypatch, capsys, damage
+):
+    newest, before = newest_first(stopped)
     damage(newest)
-    with pytest.warns(UserWarning, match=f"'{newest}' is damaged"):
-        assert command(images, stopped.parents[2], "--resume") == 0
-    assert outcome(stopped.parents[2]) == finished[1]
+    folder = stopped.parents[2]
+    with monkeypatch.context() as patched:
+        after_steps(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert command(images, folder, "--resume") == 128 + signal.SIGTERM
+    printed = capsys.readouterr().out
+    assert f"A checkpoint is damaged and passed over: '{newest}.damaged'" in printed
+    assert "Continuing after epoch 1 of 3, step 2 of 4" in printed
+    # The damaged one is not among the newest two.
+    whole = [path for path in newest_first(stopped) if path.suffix == ".npz"]
+    assert [path.name[:14] for path in whole] == ["step-000000007", "step-000000006"]
+    assert before in whole and newest not in whole
+    assert command(images, folder, "--resume") == 0
+    assert "passed over" not in capsys.readouterr().out
+    assert outcome(folder) == finished[1]
 
 
 def test_without_a_whole_checkpoint_nothing_is_overwritten(stopped, images, capsys):
     before = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
     for path in newest_first(stopped):
         flip(path)
-    with pytest.warns(UserWarning, match="is damaged"):
+    for _ in range(2):
         assert command(images, stopped.parents[2], "--resume") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: resume: no checkpoint in") and "without --resume" in error
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: resume: no checkpoint in") and "without --resume" in error
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -238,7 +252,7 @@ def test_without_resume_an_interrupted_run_is_set_aside(finished, stopped, image
     assert command(images, stopped.parents[2]) == 0
     assert "An interrupted run was set aside" in capsys.readouterr().out
     aside = stopped.with_name("seed-0.unfinished-1")
-    assert len(newest_first(aside)) == 2 and (aside / "student.keras").exists()
+    assert len(newest_first(aside)) == 2 and (aside / "student_interrupted.keras").exists()
     assert outcome(stopped.parents[2]) == finished[1]
 
 

@@ -43,7 +43,8 @@ def main(argv=None):
             console.print(results_table(title, [*run.teachers(), *students]))
         for seed in run.seeds:
             if seed.result is None:
-                console.print(f"{run.name}/{seed.method}/seed-{seed.seed}: {seed.state}")
+                accuracy = "" if seed.accuracy is None else f", {100 * seed.accuracy:.2f} % so far"
+                console.print(f"{run.name}/{seed.method}/seed-{seed.seed}: {seed.state}{accuracy}")
             for problem in seed.problems:
                 console.print(problem)
     console.print(f"Report: {output}")
