@@ -1,6 +1,7 @@
 """What a run keeps on disk. Every file is written aside and renamed, so none is ever half there."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -11,12 +12,33 @@ from pathlib import Path
 import keras
 
 from dskd_keras import models
-from dskd_keras.errors import InputError
+from dskd_keras.errors import InputError, TrainingError
 
 # Of PyTorch checkpoints; some projects publish theirs without any.
 _TORCH_SUFFIXES = (".pth", ".pt", ".tar", "")
 # A member of the .keras archive beside Keras's own, which Keras passes over when it loads.
 _NOTES = "dskd_keras.json"
+
+
+# What a full, broken or vanished disk says.
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ESTALE,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def disk_errors_in_one_line(folder):
+    """Says what a disk says as a `TrainingError`, for work in `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise TrainingError(
+            f"can't write to '{folder}': {error.strerror}. What was saved is still there; --resume "
+            "goes on from it."
+        ) from error
 
 
 def check_writable(field, folder):

@@ -97,6 +97,7 @@ def run(config, console=None, command=None):
 
     teacher, students = None, []
     with contextlib.ExitStack() as claims:
+        claims.enter_context(artifacts.disk_errors_in_one_line(config.folder()))
         for seed, folder in folders.items():
             if seed not in finished:
                 claims.enter_context(run_folder.claimed("run_dir", folder))

@@ -1,7 +1,6 @@
 """Trains a distiller by a configuration's protocol, from the start or from a checkpoint."""
 
 import csv
-import errno
 import sys
 import time
 from typing import NamedTuple
@@ -12,17 +11,11 @@ import numpy as np
 from dskd_keras import artifacts, data
 from dskd_keras.callbacks import StopOnNonFiniteLoss, TensorBoardScalars, Throughput
 from dskd_keras.checkpoints import Checkpointer, CheckpointFolder
-from dskd_keras.errors import InputError, TrainingError
+from dskd_keras.errors import InputError
 from dskd_keras.interruption import StopRequest
 from dskd_keras.optimizers import SGD
 
 _EVALUATION_BATCH = 256
-
-# What a full, broken or vanished disk says.
-_DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-    errno.ENOENT, errno.ESTALE,
-)  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -141,8 +134,8 @@ def train(config, distiller, dataset, seed, folder, console):
                 verbose=1 if sys.stdout.isatty() else 2,
             )
 
-        try:
-            epoch = step = 0
+        epoch = step = 0
+        with artifacts.disk_errors_in_one_line(folder):
             if found is not None:
                 epoch, step = found.epoch, found.step
                 checkpointer.restore(distiller, found, held_out)
@@ -153,13 +146,6 @@ def train(config, distiller, dataset, seed, folder, console):
                 epoch, step = epoch + 1, 0
             if epoch < config.epochs:
                 fit(epoch, step)
-        except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
-            raise TrainingError(
-                f"can't write to '{folder}': {error.strerror}. What was saved is still "
-                "there; --resume goes on from it."
-            ) from error
     return Trained(
         _read_history(path),
         best.weights,

@@ -16,8 +16,8 @@ done by then, and WHAT one of
     full      no step kills; the disk is full from here on
 
 or one of `student:trained:0`, `student:saved:0`, `student:evaluated:0` and `teacher:saved:0` after
-the training: before the model's file is there, when it is, and before metrics.json is. `none` lets
-it run.
+the training: before the model's file is there, when it is, and before metrics.json is; or
+`student:unsaved:0`, where the disk is full when the model is to be saved. `none` lets it run.
 """
 
 import os
@@ -45,7 +45,7 @@ def die():
 
 def reach(what, steps=0):
     if moment == f"{phase}:{what}:{steps}":
-        if what == "full":
+        if what in ("full", "unsaved"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         else:
             die()
@@ -94,6 +94,7 @@ def write(path, data):
 
 def save_model(model, path, notes):
     reach("trained")
+    reach("unsaved")
     save(model, path, notes)
     reach("saved")
 

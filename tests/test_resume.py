@@ -298,14 +298,21 @@ def test_another_process_in_the_same_folder(stopped, images, capsys):
     assert len(newest_first(stopped)) == 2
 
 
-def test_a_full_disk_loses_nothing(finished, begun, images):
-    # Files of more than 1000 bytes can't be written after the third step.
-    done = process("student:full:3", images, begun)
+@pytest.mark.parametrize(
+    "moment, kept",
+    [
+        ("student:full:3", {"step-000000002"}),
+        ("student:unsaved:0", {"step-000000010", "step-000000012"}),
+    ],
+)
+def test_a_full_disk_loses_nothing(finished, begun, images, moment, kept):
+    # From this moment on files of more than 1000 bytes can't be written.
+    done = process(moment, images, begun)
     run = begun / "run" / "dskd" / "seed-0"
     assert done.returncode == 1, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: can't write to") and "--resume goes on from it" in error
-    assert [path.name[:14] for path in (run / "checkpoints").iterdir()] == ["step-000000002"]
+    assert {path.name[:14] for path in (run / "checkpoints").iterdir()} == kept
     assert command(images, begun, "--resume") == 0
     assert outcome(begun) == finished[1]
 
