@@ -155,13 +155,21 @@ def after_steps(monkeypatch, steps, action):
     monkeypatch.setattr(checkpoints.Checkpointer, "on_train_batch_end", hooked)
 
 
-@pytest.fixture
-def stopped(begun, images, monkeypatch):
-    """A run that was stopped by SIGTERM after its seventh step: the third of the second epoch."""
-    with monkeypatch.context() as patched:
+@pytest.fixture(scope="module")
+def stopped_once(finished, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(finished[0] / "teachers", folder / "teachers")
+    with pytest.MonkeyPatch.context() as patched:
         after_steps(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert command(images, begun) == 128 + signal.SIGTERM
-    return begun / "run" / "dskd" / "seed-0"
+        assert command(images, folder) == 128 + signal.SIGTERM
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A run that was stopped by SIGTERM after its seventh step: the third of the second epoch."""
+    shutil.copytree(stopped_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run" / "dskd" / "seed-0"
 
 
 def newest_first(run):
@@ -238,7 +246,10 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def test_without_a_whole_checkpoint_nothing_is_overwritten(stopped, images, capsys):
-    before = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (stopped / "history.csv", stopped / "student_interrupted.keras")
+    }
     for path in newest_first(stopped):
         flip(path)
     for _ in range(2):
