@@ -177,7 +177,7 @@ class Checkpointer(keras.callbacks.Callback):
         if checkpoint.step:
             # Keras builds compiled metrics on the first batch; `evaluate` changes nothing else.
             distiller.evaluate(batches, steps=1, verbose=0)
-        self._assign(_variables(distiller), checkpoint.variables)
+        self._assign(distiller.variables, checkpoint.variables)
         self._assign(distiller.optimizer.variables, checkpoint.optimizer)
         # `fit` sets the metrics to zero before its first epoch begins.
         self._restored = checkpoint if checkpoint.step else None
@@ -207,7 +207,8 @@ class Checkpointer(keras.callbacks.Callback):
     def _save(self, epoch, step):
         if keras.backend.backend() == "jax":
             self.model.jax_state_sync()
-        variables = _variables(self.model)
+        # The teacher is no layer of the distiller, so it is not among them.
+        variables = self.model.variables
         values = _values(variables)
         for variable, value in zip(variables, values, strict=True):
             if value.dtype.kind in "fV" and not np.isfinite(value).all():
@@ -241,11 +242,6 @@ class Checkpointer(keras.callbacks.Callback):
             )
         for variable, now, value in zip(variables, present, values, strict=True):
             variable.assign(value.view(now.dtype) if now.dtype.kind == "V" else value)
-
-
-def _variables(distiller):
-    # The teacher is no layer of the distiller, so it is not among them.
-    return distiller.variables
 
 
 def _values(variables):

@@ -102,6 +102,8 @@ def run(config, console=None, command=None):
             if seed not in finished:
                 claims.enter_context(run_folder.claimed("run_dir", folder))
                 _set_aside(config, folder, console)
+                # What can't be resumed is said before a teacher trains for it.
+                training.checkpoint_to_resume(config, dataset, folder, console)
         if config.method != "ce" and len(finished) < len(folders):
             teacher = _obtain_teacher(config, dataset, console)
         for seed, folder in folders.items():

@@ -72,17 +72,11 @@ def train(config, distiller, dataset, seed, folder, console):
         **compile_options(),
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
-    found = checkpoints.newest(console.print) if config.resume else None
-    if config.resume and found is None and checkpoints.exist():
-        raise InputError(
-            f"resume: no checkpoint in '{checkpoints.path}' can be used. Start without --resume, "
-            "which sets aside what is there."
-        )
+    found = checkpoint_to_resume(config, dataset, folder, console)
     environment = _environment(dataset)
     seconds_before, history = 0.0, ""
     best = _BestWeights(distiller.student)
     if found is not None:
-        _check_environment(folder, found.notes["environment"], environment)
         seconds_before, history = found.notes["seconds"], found.notes["history"]
         best.value, best.weights = found.notes["best"], found.best
     path = folder / "history.csv"
@@ -152,6 +146,32 @@ def train(config, distiller, dataset, seed, folder, console):
         throughput.images_per_second,
         seconds_before + time.perf_counter() - start,
     )
+
+
+def checkpoint_to_resume(config, dataset, folder, console):
+    """Returns the `Checkpoint` that the training in a folder goes on from, None for a new one.
+
+    Args:
+        config: An `ExperimentConfig`.
+        dataset: The `data.Dataset`.
+        folder: The training's folder, a `pathlib.Path`.
+        console: A `rich.console.Console` for messages on damaged checkpoints.
+
+    Raises:
+        InputError: None of the checkpoints is whole, or they are of other data or another backend.
+    """
+    if not config.resume:
+        return None
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    found = checkpoints.newest(console.print)
+    if found is not None:
+        _check_environment(folder, found.notes["environment"], _environment(dataset))
+    elif checkpoints.exist():
+        raise InputError(
+            f"resume: no checkpoint in '{checkpoints.path}' can be used. Start without --resume, "
+            "which sets aside what is there."
+        )
+    return found
 
 
 def compile_options():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import train
-from dskd_keras import checkpoints
+from dskd_keras import checkpoints, training
 
 ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
@@ -290,6 +290,18 @@ def test_resume_is_refused_where_anything_is_another(stopped, images, tmp_path, 
     assert command(changed, folder, "--resume", "--teacher_weights", teacher) == 2
     error = capsys.readouterr().err
     assert "resume: the run in" in error and "another training images:" in error
+
+
+def test_another_backend_is_refused_before_a_teacher_trains_for_it(
+    stopped, images, monkeypatch, capsys
+):
+    monkeypatch.setattr(training.keras.backend, "backend", lambda: "another")
+    folder = stopped.parents[2]
+    shutil.rmtree(folder / "teachers")
+    assert command(images, folder, "--resume") == 2
+    error = capsys.readouterr().err.strip()
+    assert f"another KERAS_BACKEND: {BACKEND} there, another here" in error and "\n" not in error
+    assert not (folder / "teachers").exists()
 
 
 def test_another_process_in_the_same_folder(stopped, images, capsys):

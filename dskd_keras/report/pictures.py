@@ -191,24 +191,18 @@ def layer_weights(seed):
     Returns:
         The PNG; None if the run logged no allocation.
     """
-    kinds = [
-        (layers, title)
-        for kind, title in (
-            ("deep_prediction_allocation", "weight of each layer's class-prediction loss (%)"),
-            ("deep_feature_allocation", "weight of each layer's feature-map loss (%)"),
-        )
-        if (layers := seed.layers(kind))
-    ]
-    if not kinds:
+    figure, panels = _layer_panels(
+        seed,
+        ("deep_prediction_allocation", "weight of each layer's class-prediction loss (%)"),
+        ("deep_feature_allocation", "weight of each layer's feature-map loss (%)"),
+    )
+    if not panels:
         return None
-    figure = drawing.new_figure(7.6, 0.6 + 2.5 * len(kinds))
-    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
     epochs = seed.history["epoch"]
+    *_, last = panels
     ends = {}
-    for axes, (layers, title) in zip(panels, kinds, strict=True):
-        drawing.style(axes)
+    for axes, layers in panels.items():
         axes.grid(False)
-        axes.set_title(title, fontsize=drawing.SIZE, color=drawing.INK, loc="left")
         shares = 100 * np.array(list(layers.values()))
         tops = np.cumsum(np.nan_to_num(shares), axis=0)
         # Each epoch is a step as wide as itself: one alone can be seen, too.
@@ -227,8 +221,8 @@ def layer_weights(seed):
             axes.axhline(100 * part / len(layers), color=drawing.INK, linestyle=":", linewidth=1)
         axes.set_ylim(0, 100)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        drawing.epoch_axis(axes, edges[0], edges[-1], label=axes is panels[-1], margin=0)
-    if max(len(layers) for layers, _ in kinds) > 1:
+        drawing.epoch_axis(axes, edges[0], edges[-1], label=axes is last, margin=0)
+    if max(map(len, panels.values())) > 1:
         drawing.legend(
             figure,
             [Line2D([], [], color=drawing.INK, linestyle=":", linewidth=1, label="equal weights")],
@@ -247,23 +241,17 @@ def layer_losses(seed):
     Returns:
         The PNG; None if the run logged no such loss.
     """
-    kinds = [
-        (layers, title)
-        for kind, title in (
-            ("deep_prediction_loss", "class predictions: divergence from the teacher (nats · τ²)"),
-            ("deep_feature_loss", "feature maps: mean squared difference from the teacher"),
-        )
-        if (layers := seed.layers(kind))
-    ]
-    if not kinds:
+    figure, panels = _layer_panels(
+        seed,
+        ("deep_prediction_loss", "class predictions: divergence from the teacher (nats · τ²)"),
+        ("deep_feature_loss", "feature maps: mean squared difference from the teacher"),
+    )
+    if not panels:
         return None
-    figure = drawing.new_figure(7.6, 0.4 + 2.5 * len(kinds))
-    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
     epochs = seed.history["epoch"]
+    *_, last = panels
     ends = {}
-    for axes, (layers, title) in zip(panels, kinds, strict=True):
-        drawing.style(axes)
-        axes.set_title(title, fontsize=drawing.SIZE, color=drawing.INK, loc="left")
+    for axes, layers in panels.items():
         ends[axes] = []
         names = drawing.short_all(list(layers), 26)
         for position, (name, values) in enumerate(zip(names, layers.values(), strict=True)):
@@ -276,9 +264,27 @@ def layer_losses(seed):
             end = values[finite][-1]
             ends[axes].append((end, f"{name} {drawing.number(end)}", colour))
         drawing.value_axis(axes, list(layers.values()), 1)
-        drawing.epoch_axis(axes, 1, epochs[-1], label=axes is panels[-1])
+        drawing.epoch_axis(axes, 1, epochs[-1], label=axes is last)
     drawing.label_ends(figure, ends)
     return drawing.to_png(figure)
+
+
+def _layer_panels(seed, *quantities):
+    """Returns a figure and `{axes: {layer: values}}`, empty if the run logged none of them.
+
+    Args:
+        seed: A `folders.SeedRun`.
+        *quantities: `(column, title)` of each panel.
+    """
+    kinds = [(layers, title) for name, title in quantities if (layers := seed.layers(name))]
+    if not kinds:
+        return None, {}
+    figure = drawing.new_figure(7.6, 0.5 + 2.5 * len(kinds))
+    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+    for axes, (_, title) in zip(panels, kinds, strict=True):
+        drawing.style(axes)
+        axes.set_title(title, fontsize=drawing.SIZE, color=drawing.INK, loc="left")
+    return figure, {axes: layers for axes, (layers, _) in zip(panels, kinds, strict=True)}
 
 
 def confusion(matrix):
