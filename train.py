@@ -17,13 +17,34 @@ _BACKENDS = ("tensorflow", "jax", "torch")
 
 def main(argv=None):
     """Runs the command and returns its exit status."""
+    return run_command("train.py", sys.argv[1:] if argv is None else argv, _run)
+
+
+def _run(config_of, argv, command):
+    from dskd_keras import experiment
+    from dskd_keras.config import ExperimentConfig
+
+    experiment.run(config_of(ExperimentConfig), command=command)
+
+
+def run_command(script, argv, run):
+    """Runs one of the commands and says what went wrong in one line.
+
+    Args:
+        script: Its name.
+        argv: Its arguments.
+        run: Called with a function that reads a configuration of the class given, with `argv` and
+            with the command line. It imports what it needs itself: Ctrl-C while the backend is
+            being imported ends the command quietly.
+
+    Returns:
+        The exit status.
+    """
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend not in _BACKENDS:
         return _fail(f"KERAS_BACKEND: unknown name {backend!r}. Choices: {', '.join(_BACKENDS)}.")
     try:
-        # Here and not above: Ctrl-C while the backend is being imported ends the command quietly.
-        from dskd_keras import experiment
-        from dskd_keras.config import ExperimentConfig, parse
+        from dskd_keras.command_line import parse
         from dskd_keras.errors import InputError, TrainingError
         from dskd_keras.export import ExportError
     except KeyboardInterrupt:
@@ -35,15 +56,9 @@ def main(argv=None):
             f"KERAS_BACKEND: {backend!r} is not installed. Install it, or set KERAS_BACKEND to "
             "another of " + ", ".join(_BACKENDS) + "."
         )
-    argv = sys.argv[1:] if argv is None else argv
+    configs = Path(__file__).parent / "configs"
     try:
-        config = parse(
-            ExperimentConfig,
-            argv,
-            configs=Path(__file__).parent / "configs",
-            command="train.py",
-        )
-        experiment.run(config, command=_command_line(argv))
+        run(lambda kind: parse(kind, argv, configs, script), argv, _command_line(script, argv))
     except InputError as error:
         return _fail(error)
     except (ExportError, TrainingError) as error:
@@ -53,11 +68,11 @@ def main(argv=None):
     return 0
 
 
-def _command_line(argv):
+def _command_line(script, argv):
     """What a shell would take, the backend included."""
     backend = os.environ.get("KERAS_BACKEND")
     prefix = [f"KERAS_BACKEND={backend}"] if backend else []
-    return " ".join([*prefix, shlex.join(["python", "train.py", *argv])])
+    return " ".join([*prefix, shlex.join(["python", script, *argv])])
 
 
 def _fail(message, status=2):

@@ -17,7 +17,8 @@ import numpy as np
 
 from dskd_keras import Distiller, models
 from dskd_keras.checkpoints import Checkpointer, CheckpointFolder
-from dskd_keras.config import ExperimentConfig, parse
+from dskd_keras.command_line import parse
+from dskd_keras.config import ExperimentConfig
 from dskd_keras.interruption import StopRequest
 from dskd_keras.optimizers import SGD
 from dskd_keras.training import compile_options

@@ -1,15 +1,11 @@
-"""The configuration of a run: one dataclass, read from YAML files and flags."""
+"""The configurations of both commands, checked."""
 
 import dataclasses
 import math
-import re
-import types
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
 import yaml
 
 from dskd_keras.errors import InputError, unknown_name
@@ -120,10 +116,7 @@ class ExperimentConfig:
             "epochs": 1, "batch_size": 1, "image_size": 1, "train_examples": 1,
             "teacher_epochs": 1, "teacher_seed": 0, "checkpoint_steps": 1,
         }  # fmt: skip
-        for field, least in at_least.items():
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise InputError(f"{field} should be at least {least}. Received: {value}.")
+        self._require_at_least(at_least)
         for field in (
             "label_weight", "prediction_weight", "deep_prediction_weight", "deep_feature_weight",
             "weight_decay",
@@ -154,6 +147,11 @@ class ExperimentConfig:
                 "choose method kd."
             )
 
+    def _require_at_least(self, least):
+        for field, value in ((field, getattr(self, field)) for field in least):
+            if value is not None and value < least[field]:
+                raise InputError(f"{field} should be at least {least[field]}. Received: {value}.")
+
     def _require(self, field, holds, rule):
         value = getattr(self, field)
         if not math.isfinite(value) or not holds(value):
@@ -168,124 +166,166 @@ class ExperimentConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def parse(config_class: type, argv: Sequence[str], configs: Path, command: str):
-    """Reads a configuration from flags and YAML files.
+_WEIGHTINGS = Literal["softmax", "proportional", "inverse", "uniform"]
 
-    `--pair NAME`, in upper or lower case, reads `configs/NAME.yaml`, `--config FILE` any other file
-    on top of it, and other flags come on top of both, in whatever order they are given.
+
+@dataclasses.dataclass(frozen=True)
+class SearchRanges:
+    """What a search tries; a parameter whose range is null keeps its configured value.
 
     Args:
-        config_class: `ExperimentConfig`, or a dataclass derived from it.
-        argv: The command's arguments.
-        configs: Folder of the pairs' files.
-        command: The command's name, for `--help`.
-
-    Returns:
-        A `config_class`.
-
-    Raises:
-        InputError: An unknown pair, field or value; the message is one line.
-        SystemExit: After `--help` or `--print_config`.
+        temperature: From and to, drawn evenly on a logarithmic scale, as all numbers here.
+        label_weight: From and to.
+        prediction_weight: From and to.
+        deep_prediction_weight: From and to.
+        deep_feature_weight: From and to.
+        weighting: Names to choose from.
+        weighting_temperature: From and to; counts where the weighting is softmax.
+        learning_rate: From and to.
+        student_layers: Sets of shallow layers to choose from, such as [[stage1], [stage1, stage2]].
+            Default: those configured.
     """
-    argv = _complete(config_class, argv)
-    parser = jsonargparse.ArgumentParser(
-        prog=command,
-        description=(config_class.__doc__ or "").partition("\n")[0],
-        exit_on_error=False,
-        allow_abbrev=False,
+
+    temperature: list[float] | None = dataclasses.field(default_factory=lambda: [1.0, 10.0])
+    label_weight: list[float] | None = dataclasses.field(default_factory=lambda: [0.1, 1.0])
+    prediction_weight: list[float] | None = dataclasses.field(default_factory=lambda: [0.1, 10.0])
+    deep_prediction_weight: list[float] | None = dataclasses.field(
+        default_factory=lambda: [0.1, 10.0]
     )
-    parser.add_argument("--config", action="config", help="A YAML file with any of these fields.")
-    parser.add_class_arguments(config_class, as_group=False)
-    wanted = _value_of("pair", argv)
-    if wanted is not None:
-        pairs = {path.stem.casefold(): path.stem for path in sorted(configs.glob("*.yaml"))}
-        pair = pairs.get(wanted.casefold())
-        if pair is None:
-            raise unknown_name("pair", wanted, pairs.values())
-        parser.default_config_files = [str(configs / f"{pair}.yaml")]
-    try:
-        # A file read later would overrule the flags before it.
-        values = parser.parse_args(_files_first(argv)).as_dict()
-    except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
-        raise _one_line(config_class, str(error)) from None
-    if wanted is not None:
-        values["pair"] = pair  # as the file spells it
-    fields = [field.name for field in dataclasses.fields(config_class)]
-    return config_class(**{name: values[name] for name in fields})
-
-
-def _complete(config_class, argv):
-    """Allows `--seeds 0 1 2` for lists and a bare `--nesterov` for switches."""
-    kinds = typing.get_type_hints(config_class)
-    completed, rest = [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        completed.append(argument)
-        kind = kinds.get(argument.removeprefix("--")) if argument.startswith("--") else None
-        values = []
-        while rest and not rest[0].startswith("--"):
-            values.append(rest.pop(0))
-        if typing.get_origin(kind) is list and not (values and values[0].startswith("[")):
-            values = [f"[{', '.join(values)}]"]
-        if kind is bool and not values:
-            values = ["true"]
-        completed += values
-    return completed
-
-
-def _value_of(field, argv):
-    for position, argument in enumerate(argv):
-        if argument == f"--{field}" and position + 1 < len(argv):
-            return argv[position + 1]
-        if argument.startswith(f"--{field}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _files_first(argv):
-    first, rest, argv = [], [], list(argv)
-    while argv:
-        argument = argv.pop(0)
-        if argument == "--config" and argv:
-            first += [argument, argv.pop(0)]
-        elif argument.startswith("--config="):
-            first.append(argument)
-        else:
-            rest.append(argument)
-    return first + rest
-
-
-def _one_line(config_class, message):
-    """Turns what the parser says into one line with the field, the value and the choices."""
-    hints = typing.get_type_hints(config_class)
-    if unknown := re.search(r"Option '([^']+)' is not accepted", message):
-        return unknown_name("configuration", unknown[1], hints)
-    if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
-        return unknown_name("option", unknown[1], [f"--{name}" for name in hints])
-    wrong = re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    if wrong and wrong[1] in hints:
-        field, value = wrong.groups()
-        kind = hints[field]
-        if typing.get_origin(kind) is list and typing.get_origin(typing.get_args(kind)[0]):
-            kind = typing.get_args(kind)[0]  # of names to choose from
-        if typing.get_origin(kind) is Literal:
-            return unknown_name(field, value.strip(), typing.get_args(kind))
-        return InputError(f"{field} should be {_kind_name(kind)}. Received: {value.strip()!r}.")
-    if missing := re.search(r"arguments are required: (\w+)", message):
-        return InputError(f"{missing[1]}: not given. Choose a pair (--pair NAME) or name a model.")
-    message = message.replace("Problems parsing config:", "config: not valid YAML:")
-    message = message.replace('in "<unicode string>", ', "").replace(
-        'Parser key "config"', "config"
+    deep_feature_weight: list[float] | None = dataclasses.field(
+        default_factory=lambda: [0.1, 1000.0]
     )
-    return InputError(" ".join(message.split()))
+    weighting: list[_WEIGHTINGS] | None = dataclasses.field(
+        default_factory=lambda: list(typing.get_args(_WEIGHTINGS))
+    )
+    weighting_temperature: list[float] | None = dataclasses.field(
+        default_factory=lambda: [0.1, 10.0]
+    )
+    learning_rate: list[float] | None = dataclasses.field(default_factory=lambda: [0.01, 0.1])
+    student_layers: list[list[str]] | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            name = f"ranges.{field.name}"
+            if not isinstance(value, list | tuple) or not len(value):
+                raise InputError(
+                    f"{name}: {value!r} is empty. Give {_RANGE_KINDS.get(field.name, _NUMBERS)}, "
+                    "or null to keep the configured value."
+                )
+            if field.name not in _RANGE_KINDS:
+                self._check_numbers(name, value)
+            elif len({str(choice) for choice in value}) != len(value):
+                raise InputError(f"{name}: a choice is there twice. Received: {value}.")
+        for name in self.weighting or ():
+            if name not in typing.get_args(_WEIGHTINGS):
+                raise unknown_name("ranges.weighting", name, typing.get_args(_WEIGHTINGS))
+        for layers in self.student_layers or ():
+            if isinstance(layers, str) or not len(layers):
+                raise InputError(
+                    "ranges.student_layers: each choice should be a list of layers, such as "
+                    f"[stage1, stage2]. Received: {layers!r}."
+                )
+
+    @staticmethod
+    def _check_numbers(name, value):
+        numbers = [isinstance(end, int | float) and math.isfinite(end) for end in value]
+        if len(value) != 2 or not all(numbers) or min(value) <= 0:
+            raise InputError(f"{name} should be {_NUMBERS}. Received: {list(value)}.")
+        low, high = value
+        if low > high:
+            raise InputError(f"{name}: from {low} to {high} is the wrong way round.")
+        if low == high:
+            raise InputError(
+                f"{name}: from {low} to {high} is empty. To fix it, set {name[7:]} itself and this "
+                "to null."
+            )
+
+    @classmethod
+    def get(cls, ranges):
+        """Returns ranges given as a `SearchRanges`, as a dict of some of them, or as None.
+
+        Raises:
+            InputError: A parameter is unknown, or its range can't be used.
+        """
+        if isinstance(ranges, cls):
+            return ranges
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in ranges or ():
+            if name not in names:
+                raise unknown_name("ranges", name, names)
+        return cls(**(ranges or {}))
 
 
-def _kind_name(kind):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
-    if isinstance(kind, types.UnionType):
-        return " or ".join(
-            "null" if part is type(None) else _kind_name(part) for part in typing.get_args(kind)
-        )
-    if typing.get_origin(kind) is list:
-        return f"a list, each of it {_kind_name(typing.get_args(kind)[0])}"
-    return names.get(kind, str(kind))
+_NUMBERS = "two positive numbers, from and to"
+_RANGE_KINDS = {"weighting": "names", "student_layers": "lists of layers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(ExperimentConfig):
+    """Searches the settings of a distillation, by the accuracy on images held out of the training.
+
+    Args:
+        validation_fraction: Share of the training images held out to compare the trials by. The
+            test images are for the end alone.
+        resume: Go on with an interrupted search, or, with more max_trials, with a finished one.
+        tuner: hyperband gives many trials few epochs and goes on with the best, bayesian learns
+            from the trials before, random tries.
+        max_trials: Trials at most. Default: 30, with hyperband one round of all its brackets.
+        trial_epochs: Epochs of a trial, with hyperband of the longest. Default: epochs.
+        ranges: What is searched, and where.
+        search_seed: Of the tuner's own choices.
+        cached_views: Show the student that many fixed augmented views of every image, and compute
+            the teacher's outputs for them once, for all trials; 0 augments anew in every epoch and
+            runs the teacher in every step.
+        workers: Processes on this machine that run trials at the same time; 0 runs them in this
+            one.
+        chief_timeout: Seconds that a worker waits for its chief.
+        worker_timeout: Seconds without a sign of life after which the chief gives a worker's trial
+            to another.
+        max_failures: The search stops when that many trials in a row have failed.
+        final: Train with the best settings on all the training images in the end, and test.
+    """
+
+    validation_fraction: float = 0.1
+    tuner: Literal["hyperband", "bayesian", "random"] = "bayesian"
+    max_trials: int | None = None
+    trial_epochs: int | None = None
+    ranges: SearchRanges = dataclasses.field(default_factory=SearchRanges)
+    search_seed: int = 0
+    cached_views: int = 0
+    workers: int = 0
+    chief_timeout: float = 60.0
+    worker_timeout: float = 60.0
+    max_failures: int = 10
+    final: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least = {
+            "max_trials": 1, "trial_epochs": 1, "search_seed": 0, "cached_views": 0, "workers": 0,
+            "max_failures": 1,
+        }  # fmt: skip
+        self._require_at_least(at_least)
+        for field in ("chief_timeout", "worker_timeout"):
+            self._require(field, lambda value: value > 0, "a positive number of seconds")
+        if not self.validation_fraction:
+            raise InputError(
+                "validation_fraction: 0.0, but a search compares its trials by images held out of "
+                "the training. Give a share of it, such as 0.1."
+            )
+        if self.method == "ce" and self.cached_views:
+            raise InputError(
+                f"cached_views: {self.cached_views}, but method ce has no teacher. Set it to 0."
+            )
+
+    def search_folder(self) -> Path:
+        """Returns the search's folder."""
+        return self.folder() / "search"
+
+    def experiment(self, **changes) -> ExperimentConfig:
+        """Returns the configuration of a training run, without what concerns the search."""
+        names = [field.name for field in dataclasses.fields(ExperimentConfig)]
+        return ExperimentConfig(**{name: getattr(self, name) for name in names} | changes)

@@ -45,7 +45,7 @@ _EXPORT_IMAGES = 8
 _PIXELS = "pixels from 0 to 255"
 
 
-class _Teacher(NamedTuple):
+class Teacher(NamedTuple):
     """A frozen teacher; `classes` are its predictions for the test images, `[N]`."""
 
     model: keras.Model
@@ -70,7 +70,7 @@ def run(config, console=None, command=None):
         TrainingError: Training or writing could not go on.
     """
     console = console or report.console()
-    _check_names(config)
+    check_names(config)
     for format in config.export:
         export.check_available(format)
     folders = {seed: config.folder() / config.method / f"seed-{seed}" for seed in config.seeds}
@@ -85,9 +85,9 @@ def run(config, console=None, command=None):
         train_examples=config.train_examples,
         validation_fraction=config.validation_fraction,
     )
-    console.print(_describe(dataset))
+    console.print(describe(dataset))
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
-    _distiller(config, _teacher_architecture(config, dataset), _student(config, dataset))
+    _distiller(config, create_teacher(config, dataset), create_student(config, dataset))
     finished = {
         seed: result
         for seed, folder in folders.items()
@@ -105,7 +105,7 @@ def run(config, console=None, command=None):
                 # What can't be resumed is said before a teacher trains for it.
                 training.checkpoint_to_resume(config, dataset, folder, console)
         if config.method != "ce" and len(finished) < len(folders):
-            teacher = _obtain_teacher(config, dataset, console)
+            teacher = obtain_teacher(config, dataset, console)
         for seed, folder in folders.items():
             if seed in finished:
                 console.print(f"Seed {seed} was finished before: {folder}")
@@ -127,14 +127,16 @@ def run(config, console=None, command=None):
     return results
 
 
-def _check_names(config):
+def check_names(config):
+    """Raises `InputError` unless the configured models are in the zoo."""
     for field in ("teacher", "student"):
         name = getattr(config, field)
         if name.casefold() not in (known.casefold() for known in models.names()):
             raise unknown_name(field, name, models.names())
 
 
-def _describe(dataset):
+def describe(dataset):
+    """Returns a line on a data set's images."""
     parts = [f"{len(dataset.x_train):,} training"]
     if dataset.x_validation is not None:
         parts.append(f"{len(dataset.x_validation):,} validation")
@@ -151,13 +153,15 @@ def _input_shape(dataset):
     return height, width, channels
 
 
-def _student(config, dataset):
+def create_student(config, dataset):
+    """Returns a new student for the data set."""
     return models.create(
         config.student, dataset.num_classes, _input_shape(dataset), field="student"
     )
 
 
-def _teacher_architecture(config, dataset):
+def create_teacher(config, dataset):
+    """Returns the teacher's architecture for the data set; None where the method needs none."""
     if config.method == "ce":
         return None
     return models.create(
@@ -165,26 +169,26 @@ def _teacher_architecture(config, dataset):
     )
 
 
-def _distiller(config, teacher, student):
+def distiller_settings(config):
+    """Returns the arguments of `Distiller`, beside the two models, that a configuration holds."""
     allocation = weighting.get(config.weighting)
     if isinstance(allocation, weighting.Softmax):
         allocation = weighting.Softmax(config.weighting_temperature)
-    settings = {
+    return {
         "student_layers": config.student_layers,
+        "teacher_layer": config.teacher_layer,
+        "temperature": config.temperature,
         "label_weight": config.label_weight,
         "prediction_weight": config.prediction_weight,
+        "deep_prediction_weight": config.deep_prediction_weight,
+        "deep_feature_weight": config.deep_feature_weight,
+        "weighting": allocation,
         **_METHODS[config.method],
     }
-    return Distiller(
-        teacher,
-        student,
-        teacher_layer=config.teacher_layer,
-        temperature=config.temperature,
-        deep_prediction_weight=config.deep_prediction_weight,
-        deep_feature_weight=config.deep_feature_weight,
-        weighting=allocation,
-        **settings,
-    )
+
+
+def _distiller(config, teacher, student):
+    return Distiller(teacher, student, **distiller_settings(config))
 
 
 def _teacher_config(config):
@@ -219,31 +223,42 @@ def _teacher_recipe(config, dataset):
     }
 
 
-def _obtain_teacher(config, dataset, console):
-    """Loads the teacher, or trains and caches it; evaluates it in any case.
+def load_teacher(config, dataset, console):
+    """Loads the teacher, or trains and caches it.
 
     Returns:
-        `_Teacher`.
+        `(model, path, notes)`: the model, its file, and what is known of its training, a dict of
+        `report.RunResult` fields.
 
     Raises:
-        InputError: Its accuracy is below `min_teacher_accuracy`, or its file can't be used.
+        InputError: Its file can't be used.
     """
     recipe = _teacher_recipe(config, dataset)
     key = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6).hexdigest()
     cached = Path(config.teacher_dir) / f"{recipe['model']}-{Path(dataset.name).stem}-{key}.keras"
-    result = {}
-    model = _teacher_architecture(config, dataset)
+    model = create_teacher(config, dataset)
     if config.teacher_weights is not None:
         path = Path(config.teacher_weights)
         artifacts.load_weights("teacher_weights", path, model)
-    else:
-        path = cached
-        if not cached.is_file():
-            _train_teacher(config, dataset, cached, recipe, console)
-        # Also those of a process that was killed after it had saved the teacher.
-        checkpoints.CheckpointFolder(cached.with_suffix("") / "checkpoints").clear()
-        artifacts.load_weights("teacher_dir", path, model)
-        result = artifacts.read_notes(path)["result"]
+        return model, path, {}
+    if not cached.is_file():
+        _train_teacher(config, dataset, cached, recipe, console)
+    # Also those of a process that was killed after it had saved the teacher.
+    checkpoints.CheckpointFolder(cached.with_suffix("") / "checkpoints").clear()
+    artifacts.load_weights("teacher_dir", cached, model)
+    return model, cached, artifacts.read_notes(cached)["result"]
+
+
+def obtain_teacher(config, dataset, console):
+    """Loads the teacher, or trains and caches it; evaluates it in any case.
+
+    Returns:
+        `Teacher`.
+
+    Raises:
+        InputError: Its accuracy is below `min_teacher_accuracy`, or its file can't be used.
+    """
+    model, path, result = load_teacher(config, dataset, console)
     parameters = _parameters(model)
     classes = evaluation.predicted_classes(model, dataset)
     accuracy = evaluation.accuracy(classes, dataset)
@@ -266,7 +281,7 @@ def _obtain_teacher(config, dataset, console):
             "weight_bytes": evaluation.weight_bytes(model),
         }
     )
-    return _Teacher(model, classes, result)
+    return Teacher(model, classes, result)
 
 
 def _train_teacher(config, dataset, cached, recipe, console):
@@ -284,7 +299,7 @@ def _train_teacher(config, dataset, cached, recipe, console):
         _set_aside(config, folder, console)
         config = _teacher_config(config)
         keras.utils.set_random_seed(config.teacher_seed)
-        distiller = _distiller(config, None, _student(config, dataset))
+        distiller = _distiller(config, None, create_student(config, dataset))
         try:
             trained = training.train(
                 config, distiller, dataset, config.teacher_seed, folder, console
@@ -314,7 +329,7 @@ def _train_student(config, dataset, teacher, seed, folder, command, console):
         folder / "config.yaml", dataclasses.replace(config, seeds=[seed], resume=False).to_yaml()
     )
     keras.utils.set_random_seed(seed)
-    student = _student(config, dataset)
+    student = create_student(config, dataset)
     distiller = _distiller(config, teacher and teacher.model, student)
     # Not student.keras: that one is finished.
     so_far = folder / "student_interrupted.keras"

@@ -25,21 +25,41 @@ def finished_result(config, folder):
     Raises:
         InputError: The folder holds a run of another configuration; all differences are listed.
     """
+    metrics = folder / "metrics.json"
+    if not check_configuration(config, folder, _NO_NUMBERS) or not metrics.exists():
+        return None
+    return report.RunResult.read(metrics)
+
+
+def check_configuration(config, folder, may_differ):
+    """Compares a configuration with the `config.yaml` of a folder.
+
+    Args:
+        config: The configuration that is to be run, a dataclass.
+        folder: A `pathlib.Path`, which need not exist.
+        may_differ: Names of the fields that don't count.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        InputError: It is of another configuration; all differences are listed.
+    """
     try:
         known = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return False
     except OSError as error:
         raise InputError(f"run_dir: can't read '{folder}': {error.strerror}.") from None
     except yaml.YAMLError:
         known = None
     if not isinstance(known, dict):
         raise InputError(f"run_dir: '{folder}/config.yaml' is damaged. Choose another --run_dir.")
-    wanted = dataclasses.asdict(config)
+    known, wanted = _flat(known), _flat(dataclasses.asdict(config))
     differences = [
         f"{field}: {known.get(field)!r} there, {wanted[field]!r} here"
         for field in wanted
-        if field not in _NO_NUMBERS and known.get(field) != wanted[field]
+        if field not in may_differ and known.get(field) != wanted[field]
     ]
     if differences:
         raise InputError(
@@ -47,10 +67,18 @@ def finished_result(config, folder):
             f"({'; '.join(differences)}). Choose another --run_dir, or take its configuration: "
             f"--config {folder / 'config.yaml'}."
         )
-    metrics = folder / "metrics.json"
-    if not metrics.exists():
-        return None
-    return report.RunResult.read(metrics)
+    return True
+
+
+def _flat(values):
+    """Returns a dict without dicts inside: `outer.inner` are the keys of what they held."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": part for inner, part in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Trains a distiller by a configuration's protocol, from the start or from a checkpoint."""
 
 import csv
+import functools
 import sys
 import time
 from typing import NamedTuple
@@ -34,7 +35,9 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def train(config, distiller, dataset, seed, folder, console):
+def train(
+    config, distiller, dataset, seed, folder, console, *, batches=None, until=None, verbose=None
+):
     """Trains a distiller, with checkpoints, into a folder.
 
     `folder/history.csv` gets a row an epoch, `folder/tensorboard` the same as events, and
@@ -48,6 +51,12 @@ def train(config, distiller, dataset, seed, folder, console):
         seed: Of the order and the augmentation of the images.
         folder: An existing folder, a `pathlib.Path`.
         console: A `rich.console.Console` for messages.
+        batches: A function that returns the training batches, given the number of batches that were
+            done before. Defaults to augmented `data.TrainingBatches`.
+        until: Train up to that epoch alone, on the schedule of all `config.epochs`. Defaults to
+            all of them.
+        verbose: As in `keras.Model.fit`. Defaults to a bar in a terminal, to a line an epoch
+            elsewhere.
 
     Returns:
         `Trained`. The checkpoints remain, until what came of the training is saved.
@@ -58,8 +67,13 @@ def train(config, distiller, dataset, seed, folder, console):
         TrainingError: A loss or a weight is not finite, or the disk can't be written.
     """
     start = time.perf_counter()
-    batches = _training_batches(config, dataset, seed)
-    steps = batches.steps_per_epoch
+    if batches is None:
+        batches = functools.partial(_training_batches, config, dataset, seed)
+    if verbose is None:
+        # The moving bar needs a terminal; a log gets one line an epoch.
+        verbose = 1 if sys.stdout.isatty() else 2
+    epochs = config.epochs if until is None else until
+    steps = batches(0).steps_per_epoch
     held_out = "test" if dataset.x_validation is None else "validation"
     held_out = evaluation_batches(dataset, held_out)
     distiller.compile(
@@ -73,7 +87,7 @@ def train(config, distiller, dataset, seed, folder, console):
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
     found = checkpoint_to_resume(config, dataset, folder, console)
-    environment = _environment(dataset)
+    here = environment(dataset)
     seconds_before, history = 0.0, ""
     best = _BestWeights(distiller.student)
     if found is not None:
@@ -89,7 +103,7 @@ def train(config, distiller, dataset, seed, folder, console):
             # As it is: its lines end as the csv module ends them.
             "history": path.read_bytes().decode(),
             "seconds": seconds_before + time.perf_counter() - start,
-            "environment": environment,
+            "environment": here,
         }
 
     throughput = Throughput(len(dataset.x_train) / steps)
@@ -117,15 +131,14 @@ def train(config, distiller, dataset, seed, folder, console):
                 distiller.stop_training = step > 0
 
             distiller.fit(
-                _training_batches(config, dataset, seed, epoch * steps + step),
+                batches(epoch * steps + step),
                 steps_per_epoch=steps - step,
                 initial_epoch=epoch,
-                epochs=config.epochs,
+                epochs=epochs,
                 shuffle=False,
                 validation_data=held_out,
                 callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=end_of_epoch), *callbacks],
-                # The moving bar needs a terminal; a log gets one line an epoch.
-                verbose=1 if sys.stdout.isatty() else 2,
+                verbose=verbose,
             )
 
         epoch = step = 0
@@ -133,12 +146,12 @@ def train(config, distiller, dataset, seed, folder, console):
             if found is not None:
                 epoch, step = found.epoch, found.step
                 checkpointer.restore(distiller, found, held_out)
-                console.print(f"Continuing after epoch {epoch} of {config.epochs}"
+                console.print(f"Continuing after epoch {epoch} of {epochs}"
                               + (f", step {step} of {steps}." if step else "."))  # fmt: skip
             if step:
                 fit(epoch, step)
                 epoch, step = epoch + 1, 0
-            if epoch < config.epochs:
+            if epoch < epochs:
                 fit(epoch, step)
     return Trained(
         _read_history(path),
@@ -165,7 +178,7 @@ def checkpoint_to_resume(config, dataset, folder, console):
     checkpoints = CheckpointFolder(folder / "checkpoints")
     found = checkpoints.newest(console.print)
     if found is not None:
-        _check_environment(folder, found.notes["environment"], _environment(dataset))
+        check_environment(folder, found.notes["environment"], environment(dataset))
     elif checkpoints.exist():
         raise InputError(
             f"resume: no checkpoint in '{checkpoints.path}' can be used. Start without --resume, "
@@ -229,8 +242,15 @@ def _training_batches(config, dataset, seed, first_batch=0):
     )
 
 
-def _environment(dataset):
-    """What a run has to find again, beside its configuration, to go on to the same numbers."""
+def environment(dataset):
+    """Returns what a run has to find again, beside its configuration, to go on to the same numbers.
+
+    Args:
+        dataset: The `data.Dataset`.
+
+    Returns:
+        A dict of strings, to be kept for `check_environment`.
+    """
     return {
         "KERAS_BACKEND": keras.backend.backend(),
         "image_data_format": keras.config.image_data_format(),
@@ -239,7 +259,14 @@ def _environment(dataset):
     }
 
 
-def _check_environment(folder, there, here):
+def check_environment(folder, there, here):
+    """Raises `InputError` if a run in `folder` was begun where something else was the case.
+
+    Args:
+        folder: The run's folder, for the message.
+        there: What `environment` returned then.
+        here: What it returns now.
+    """
     differences = [
         f"{name}: {there.get(name)} there, {value} here"
         for name, value in here.items()

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 import dskd_keras
-from dskd_keras.config import ExperimentConfig, parse
+from dskd_keras.command_line import parse
+from dskd_keras.config import ExperimentConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -9,7 +9,8 @@ import pytest
 import small
 
 from dskd_keras import experiment, training
-from dskd_keras.config import ExperimentConfig, parse
+from dskd_keras.command_line import parse
+from dskd_keras.config import ExperimentConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "digits": 10}
@@ -27,8 +28,8 @@ def test_every_pair_takes_a_step(path, seen):
     classes = CLASSES[config.dataset]
     size = 64 if config.dataset == "tiny_imagenet" else 32
     dataset = SimpleNamespace(num_classes=classes, input_shape=(size, size, 3))
-    teacher = experiment._teacher_architecture(config, dataset)
-    student = experiment._student(config, dataset)
+    teacher = experiment.create_teacher(config, dataset)
+    student = experiment.create_student(config, dataset)
     distiller = experiment._distiller(config, teacher, student)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, size, size, 3)).astype("float32")

@@ -72,7 +72,7 @@ def _rate(optimizer):
 
 
 class EventFile:
-    """Scalars of one run in TensorBoard's format, in a file that is made by the first `write`.
+    """Summaries of one run in TensorBoard's format, in a file that is made by the first of them.
 
     TensorBoard follows the newest file of a folder, so a folder wants one `EventFile` at a time.
 
@@ -99,7 +99,21 @@ class EventFile:
                 hold from this step on: a run that was interrupted, and is continued here.
             scalars: A dict of tags and numbers.
         """
-        events, summaries, records = _tensorboard()
+        _, summaries, _ = _tensorboard()
+        values = [
+            summaries.Summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in scalars.items()
+        ]
+        self.write_summary(step, summaries.Summary(value=values))
+
+    def write_summary(self, step, summary):
+        """Writes a summary of any kind, and flushes.
+
+        Args:
+            step: Integer, as in `write`.
+            summary: A `tensorboard.compat.proto.summary_pb2.Summary`.
+        """
+        events, _, records = _tensorboard()
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             name = (
@@ -113,11 +127,7 @@ class EventFile:
             self._add(events.Event(file_version="brain.Event:2"))
             start = events.SessionLog(status=events.SessionLog.START)
             self._add(events.Event(step=step, session_log=start))
-        values = [
-            summaries.Summary.Value(tag=tag, simple_value=float(value))
-            for tag, value in scalars.items()
-        ]
-        self._add(events.Event(step=step, summary=summaries.Summary(value=values)))
+        self._add(events.Event(step=step, summary=summary))
         self._file.flush()
 
     def close(self):

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from dskd_keras.data import arrays, sources
-from dskd_keras.data.batches import EvaluationBatches, TrainingBatches, normalize
+from dskd_keras.data.batches import EvaluationBatches, FixedViews, TrainingBatches, normalize
 from dskd_keras.data.dataset import AUGMENTATIONS, ImageDataset, check_arrays
 from dskd_keras.errors import InputError
 
 __all__ = [
     "AUGMENTATIONS",
     "EvaluationBatches",
+    "FixedViews",
     "ImageDataset",
     "TrainingBatches",
     "load",

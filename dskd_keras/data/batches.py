@@ -33,12 +33,13 @@ def normalize(images, mean, std):
     return rows.reshape(images.shape)
 
 
-def random_crop(images, rng):
-    """Pads each image with 4 black pixels on every side and cuts a window out, one for each image.
+def crop(images, top, left):
+    """Pads each image with 4 black pixels on every side and cuts a window out.
 
     Args:
         images: uint8 `[B, H, W, C]`.
-        rng: `np.random.Generator`.
+        top: Integers from 0 to 8, `[B]`: the window's first row, for each image.
+        left: Integers from 0 to 8, `[B]`: its first column.
 
     Returns:
         uint8 `[B, H, W, C]`.
@@ -48,28 +49,102 @@ def random_crop(images, rng):
     padded[:, PADDING : PADDING + height, PADDING * channels : (PADDING + width) * channels] = (
         images.reshape(batch, height, -1)
     )
-    top, left = rng.integers(0, 2 * PADDING + 1, size=(2, batch))
     windows = np.lib.stride_tricks.sliding_window_view(
         padded, (height, width * channels), axis=(1, 2)
     )
     return windows[np.arange(batch), top, left * channels].reshape(images.shape)
 
 
-def random_flip(images, rng):
-    """Mirrors each image left to right with probability ½.
+def flip(images, flipped):
+    """Mirrors some images left to right.
 
     Args:
         images: uint8 `[B, H, W, C]`, contiguous. Changed in place.
-        rng: `np.random.Generator`.
+        flipped: bool `[B]`: which.
 
     Returns:
         `images`.
     """
-    flipped = rng.random(len(images)) < 0.5
     # Pixels as single items: reversing an axis of three-byte rows takes twice as long.
     pixels = images.view(f"V{images.shape[-1]}")[..., 0]
     pixels[flipped] = pixels[flipped, :, ::-1]
     return images
+
+
+class Augmentation:
+    """What is done to each of some images, drawn at random: crops and mirrorings.
+
+    Args:
+        name: `"crop_flip"`, `"crop"` or `"none"`.
+        count: Number of images, N.
+        rng: `np.random.Generator`.
+
+    Raises:
+        InputError: The name is unknown.
+    """
+
+    def __init__(self, name, count, rng):
+        if name not in AUGMENTATIONS:
+            raise unknown_name("augmentation", name, AUGMENTATIONS)
+        self._corner = self._flipped = None
+        if name != "none":
+            # As bytes: the fixed views of a whole data set are kept.
+            self._corner = rng.integers(0, 2 * PADDING + 1, size=(2, count)).astype(np.uint8)
+        if name == "crop_flip":
+            self._flipped = rng.random(count) < 0.5
+
+    def __call__(self, images, chosen=slice(None)):
+        """Returns the images, cropped and mirrored.
+
+        Args:
+            images: uint8 `[B, H, W, C]`.
+            chosen: Which of the N images they are: indices `[B]`. Defaults to all N.
+
+        Returns:
+            uint8 `[B, H, W, C]`.
+        """
+        if self._corner is not None:
+            images = crop(images, *self._corner[:, chosen].astype(np.intp))
+        if self._flipped is not None:
+            images = flip(images, self._flipped[chosen])
+        return images
+
+
+class FixedViews:
+    """A fixed number of augmented views of each image: what a teacher can be shown beforehand.
+
+    View k of image i is the same in every process and for every seed of a run.
+
+    Args:
+        images: uint8 `[N, H, W, C]`.
+        count: Number of views, K.
+        augmentation: As in `TrainingBatches`.
+        mean: C floats, of pixels in [0, 1].
+        std: C floats, of pixels in [0, 1].
+    """
+
+    def __init__(self, images, count, augmentation, mean, std):
+        self.images = images
+        self.count = count
+        self._mean = mean
+        self._std = std
+        self._views = [
+            Augmentation(augmentation, len(images), np.random.default_rng(view))
+            for view in range(count)
+        ]
+
+    def __call__(self, view, chosen):
+        """Returns views of some images.
+
+        Args:
+            view: Integer in [0, K).
+            chosen: Indices of images, `[B]`.
+
+        Returns:
+            float32 `[B, H, W, C]`, or `[B, C, H, W]` where Keras's image data format is
+            `"channels_first"`.
+        """
+        return to_input(self._views[view](self.images[chosen], chosen), self._mean, self._std)
 
 
 class TrainingBatches(keras.utils.PyDataset):
@@ -155,16 +230,20 @@ class TrainingBatches(keras.utils.PyDataset):
             `(x, y)`: float32 `[B, H, W, C]`, or `[B, C, H, W]` where Keras's image data format is
             `"channels_first"`, and int32 `[B]`.
         """
+        epoch, step, chosen = self.place(index)
+        rng = np.random.default_rng([self.seed, epoch, step + 1])
+        images = Augmentation(self.augmentation, len(chosen), rng)(self.images[chosen])
+        return to_input(images, self.mean, self.std), self.labels[chosen]
+
+    def place(self, index):
+        """Returns `(epoch, step, chosen)` of batch `index`; `chosen` are the images' indices `[B]`.
+
+        Args:
+            index: Non-negative integer, counted from `first_batch`.
+        """
         epoch, step = divmod(self.first_batch + index, self.steps_per_epoch)
         start = step * self.batch_size
-        chosen = self._permutation(epoch)[start : start + self.batch_size]
-        images = self.images[chosen]
-        rng = np.random.default_rng([self.seed, epoch, step + 1])
-        if self.augmentation != "none":
-            images = random_crop(images, rng)
-        if self.augmentation == "crop_flip":
-            images = random_flip(images, rng)
-        return _to_input(images, self.mean, self.std), self.labels[chosen]
+        return epoch, step, self._permutation(epoch)[start : start + self.batch_size]
 
     def _permutation(self, epoch):
         # One tuple, read once and replaced whole: several threads may be here, in two epochs.
@@ -215,7 +294,7 @@ class EvaluationBatches(keras.utils.PyDataset):
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of {self.num_batches}")
         part = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        return _to_input(self.images[part], self.mean, self.std), self.labels[part]
+        return to_input(self.images[part], self.mean, self.std), self.labels[part]
 
 
 def _check(images, labels, batch_size):
@@ -230,7 +309,8 @@ def _check(images, labels, batch_size):
         raise InputError(f"batch_size: {batch_size} should be 1 or more.")
 
 
-def _to_input(images, mean, std):
+def to_input(images, mean, std):
+    """Returns normalised images in Keras's image data format; see `normalize`."""
     x = normalize(images, mean, std)
     if keras.config.image_data_format() == "channels_first":
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))

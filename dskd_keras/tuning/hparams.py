@@ -1,0 +1,49 @@
+"""A search for TensorBoard's HParams page, written without TensorFlow."""
+
+from tensorboard.plugins.hparams import summary_v2 as hparams
+
+from dskd_keras.callbacks.tensorboard import EventFile
+
+# As `TensorBoardScalars` writes it into the trial's folder.
+_METRIC = hparams.Metric("epoch_accuracy", group="validation", display_name="validation accuracy")
+
+
+def write_experiment(folder, ranges):
+    """Writes what is searched, at the root of all trials' folders.
+
+    Args:
+        folder: Where, a `pathlib.Path`.
+        ranges: A dict of what is searched: a pair of numbers, from and to, or a list of choices.
+    """
+    domains = [
+        hparams.HParam(name, _domain(choices), description="") for name, choices in ranges.items()
+    ]
+    _write(folder, hparams.hparams_config_pb(domains, [_METRIC]))
+
+
+def write_values(folder, trial_id, values):
+    """Writes the values of a trial beside its scalars.
+
+    Args:
+        folder: That of `TensorBoardScalars`, a `pathlib.Path`.
+        trial_id: Joins the runs of several seeds.
+        values: A dict of numbers, strings and lists of strings.
+    """
+    values = {name: _plain(value) for name, value in values.items()}
+    _write(folder, hparams.hparams_pb(values, trial_id))
+
+
+def _write(folder, summary):
+    file = EventFile(folder)
+    file.write_summary(0, summary)
+    file.close()
+
+
+def _domain(choices):
+    if all(isinstance(choice, int | float) for choice in choices):
+        return hparams.RealInterval(*map(float, choices))
+    return hparams.Discrete([_plain(choice) for choice in choices])
+
+
+def _plain(value):
+    return ", ".join(value) if isinstance(value, list) else value

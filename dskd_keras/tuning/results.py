@@ -1,0 +1,189 @@
+"""What a search leaves to read: a table, `trials.csv`, and `best.yaml` for `train.py`."""
+
+import csv
+import dataclasses
+import io
+import json
+
+from rich import box
+from rich.table import Table
+
+from dskd_keras import artifacts
+
+# Rows of the table in a terminal; the file has all.
+_MOST_ROWS = 30
+_RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialResult:
+    """A trial that ended.
+
+    Attributes:
+        trial: Its id.
+        values: What it tried, by name.
+        val_accuracy: After the last epoch, 0 to 1, the mean over the seeds; None if it failed.
+        best_val_accuracy: Of the best epoch.
+        epochs: Epochs trained.
+        seconds: Of training.
+        peak_memory_mib: The most memory that its process had had by then.
+        error: Why it failed, in a line; None if it did not.
+    """
+
+    trial: str
+    values: dict
+    val_accuracy: float | None
+    best_val_accuracy: float | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    peak_memory_mib: float | None = None
+    error: str | None = None
+
+
+def write_result(folder, result):
+    """Writes what is to be known of a trial beside its score.
+
+    Args:
+        folder: The trial's, a `pathlib.Path`.
+        result: A dict of the fields of `TrialResult` that it measured.
+    """
+    artifacts.write_text(folder / _RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def collect(oracle, hypermodel, folder):
+    """Returns the trials that ended as `TrialResult`, the best first, the failed last.
+
+    Args:
+        oracle: One of `oracles`.
+        hypermodel: The `DistillationHyperModel`.
+        folder: The search's, a `pathlib.Path`.
+    """
+    rows = []
+    for trial in oracle.ended():
+        place = folder / f"trial_{trial.trial_id}"
+        measured, error = {}, None
+        if trial.score is None:
+            error = _error(trial, place)
+        elif (place / _RESULT).is_file():
+            measured = json.loads((place / _RESULT).read_text(encoding="utf-8"))
+        measured["val_accuracy"] = trial.score
+        values = hypermodel.values(trial.hyperparameters)
+        rows.append(TrialResult(trial.trial_id, values, error=error, **measured))
+    return rows
+
+
+def _error(trial, place):
+    # KerasTuner's protocol hands on no message from a worker.
+    text = trial.message or ""
+    if (place / "error.txt").is_file():
+        text = (place / "error.txt").read_text(encoding="utf-8")
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "unknown"
+
+
+def names(rows):
+    """Returns the names of what was searched, in the order of the trials' values."""
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def table(rows, title):
+    """Returns the ranked table.
+
+    Args:
+        rows: What `collect` returned.
+        title: Its title.
+
+    Returns:
+        A `rich.table.Table`.
+    """
+    ranked = Table(
+        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False,
+        caption="accuracy: on the validation images, after the trial's last epoch. Trial 0000 is "
+        "the configuration as it was.",
+    )  # fmt: skip
+    searched = names(rows)
+    for column in ("rank", "trial", "accuracy\n%", "epochs", "seconds"):
+        ranked.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    for name in searched:
+        ranked.add_column(_header(name), justify="right", vertical="bottom", overflow="fold")
+    for rank, row in enumerate(rows[:_MOST_ROWS], 1):
+        failed = row.val_accuracy is None
+        ranked.add_row(
+            "–" if failed else str(rank),
+            row.trial,
+            "failed" if failed else f"{100 * row.val_accuracy:.2f}",
+            "–" if row.epochs is None else str(row.epochs),
+            "–" if row.seconds is None else f"{row.seconds:.0f}",
+            *(_text(row.values[name], "\n") if name in row.values else "–" for name in searched),
+        )
+    return ranked
+
+
+def _header(name):
+    # Nine parameters are to fit beside one another.
+    for long, short in (("_", "\n"), ("prediction", "predic-\ntion"), ("perature", "pe-\nrature")):
+        name = name.replace(long, short)
+    return name
+
+
+def write_csv(path, rows):
+    """Writes all trials, ranked; the columns are the fields of `TrialResult` and the values."""
+    columns = [field.name for field in dataclasses.fields(TrialResult) if field.name != "values"]
+    searched = names(rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, *searched])
+    for row in rows:
+        values = [format_value(row.values[name]) if name in row.values else "" for name in searched]
+        writer.writerow([_cell(getattr(row, name)) for name in columns] + values)
+    artifacts.write_text(path, text.getvalue())
+
+
+def write_best(path, config, best):
+    """Writes the best trial's settings as a configuration of `train.py`, on all training images.
+
+    Args:
+        path: The YAML file.
+        config: The `SearchConfig`.
+        best: Its `TrialResult`.
+
+    Returns:
+        The `ExperimentConfig`.
+    """
+    experiment = config.experiment(
+        **best.values,
+        validation_fraction=0.0,
+        resume=False,
+        # A folder of its own: another configuration may have been run beside the search.
+        run_dir=str(config.search_folder() / f"best-{best.trial}"),
+    )
+    searched = config.tuner if best.epochs is None else f"{config.tuner}, {best.epochs} epoch(s)"
+    artifacts.write_text(
+        path,
+        f"# Trial {best.trial} of a search ({searched}): {100 * best.val_accuracy:.2f} % on the "
+        f"validation images.\n# Command:  python train.py --config {path}\n{experiment.to_yaml()}",
+    )
+    return experiment
+
+
+def describe(values):
+    """Returns a trial's values in a line."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in values.items())
+
+
+def format_value(value):
+    """Returns one value as text."""
+    return _text(value, "+")
+
+
+def _text(value, between):
+    if isinstance(value, list):
+        return between.join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
