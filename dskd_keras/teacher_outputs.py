@@ -1,6 +1,7 @@
 """A teacher's outputs for fixed views of the training images, computed once and kept on disk."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -97,6 +98,23 @@ def fixed_views(dataset, count, augmentation):
     """
     count = 1 if augmentation == "none" else count
     return FixedViews(dataset.x_train, count, augmentation, dataset.mean, dataset.std)
+
+
+def batches(views, outputs, distiller, dataset, batch_size, seed):
+    """Returns a function for `training.train` that makes the batches for a distiller.
+
+    Args:
+        views: A `data.FixedViews`.
+        outputs: The `TeacherOutputs` for them.
+        distiller: The `Distiller`, with a teacher.
+        dataset: The `data.ImageDataset`.
+        batch_size: Images a batch.
+        seed: Of the order.
+    """
+    return functools.partial(
+        CachedBatches, views, outputs, distiller.teacher.output_names, dataset.y_train, batch_size,
+        seed, dataset.mean, dataset.std,
+    )  # fmt: skip
 
 
 def key(teacher, layer, dataset, augmentation):

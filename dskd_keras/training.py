@@ -77,12 +77,7 @@ def train(
     held_out = "test" if dataset.x_validation is None else "validation"
     held_out = evaluation_batches(dataset, held_out)
     distiller.compile(
-        optimizer=SGD(
-            learning_rate(config, steps * config.epochs),
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        ),
+        optimizer=optimizer(config, steps * config.epochs),
         **compile_options(),
     )
     checkpoints = CheckpointFolder(folder / "checkpoints")
@@ -193,6 +188,16 @@ def compile_options():
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         "metrics": [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
     }
+
+
+def optimizer(config, steps):
+    """Returns the optimizer for a training run of so many steps."""
+    return SGD(
+        learning_rate(config, steps),
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
 
 
 def learning_rate(config, steps):

@@ -11,6 +11,7 @@ from dskd_keras.config import SearchRanges
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError, TrainingError, unknown_name
 from dskd_keras.optimizers import SGD
+from dskd_keras.tuning.memory import gradients_forgotten
 from dskd_keras.weighting import Softmax
 from dskd_keras.weighting import get as get_weighting
 
@@ -185,7 +186,8 @@ class DistillationHyperModel(keras_tuner.HyperModel):
             )
         callbacks = [StopOnNonFiniteLoss(), *(kwargs.pop("callbacks", None) or [])]
         try:
-            return model.fit(*args, callbacks=callbacks, **kwargs)
+            with gradients_forgotten():
+                return model.fit(*args, callbacks=callbacks, **kwargs)
         except TrainingError as error:
             raise keras_tuner.errors.FailedTrialError(str(error)) from error
 

@@ -252,9 +252,11 @@ class Bayesian(_Durable, keras_tuner.oracles.BayesianOptimizationOracle):
 
 
 class Hyperband(_Durable, keras_tuner.oracles.HyperbandOracle):
-    """Hyperband; with a number of trials it begins with a bracket that they are enough for."""
+    """Hyperband; with a number of trials it takes brackets that they are enough for."""
 
     def __init__(self, max_trials, max_failures, max_epochs, **kwargs):
+        # The base class starts a bracket at once.
+        self.most_trials = max_trials
         super().__init__(
             max_trials,
             max_failures,
@@ -263,10 +265,13 @@ class Hyperband(_Durable, keras_tuner.oracles.HyperbandOracle):
             hyperband_iterations=None if max_trials else 1,
             **kwargs,
         )
-        while max_trials and self._current_bracket and self._bracket_trials() > max_trials:
-            self._current_bracket -= 1
-            self._brackets = []
-            self._start_new_bracket()
+
+    def _start_new_bracket(self):
+        if self.most_trials is not None:
+            left = self.most_trials - len(self.trials)
+            while self._current_bracket and self._bracket_trials() > left:
+                self._current_bracket -= 1
+        super()._start_new_bracket()
 
     def _bracket_trials(self):
         bracket = self._current_bracket

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from dskd_keras import artifacts, run_folder, teacher_outputs, training
 from dskd_keras.checkpoints import CheckpointFolder
 from dskd_keras.errors import InputError, TrainingError
-from dskd_keras.tuning import hparams, results, workers
+from dskd_keras.tuning import hparams, memory, results, workers
 
 # Of a worker: how often it asks a chief that has nothing for it, and how often it gives a sign of
 # life while it trains.
@@ -147,9 +146,11 @@ class Trials(BaseTuner):
         return {"val_accuracy": result["val_accuracy"]}
 
     def _train_one(self, config, hp, seed, place, until):
-        # What the trial before left: graphs and compiled steps hold on to its models.
-        keras.utils.clear_session(free_memory=True)
-        gc.collect()
+        with memory.freed_afterwards():
+            return self._build_and_train(config, hp, seed, place, until)
+
+    def _build_and_train(self, config, hp, seed, place, until):
+        # A function of its own: on its return nothing refers to the distiller any more.
         keras.utils.set_random_seed(seed)
         distiller = self._hypermodel.distiller(hp)
         return training.train(
@@ -167,16 +168,9 @@ class Trials(BaseTuner):
     def _batches(self, config, distiller, seed):
         if self._cached is None or distiller.teacher is None:
             return None
-        views, outputs = self._cached
-        dataset = self._dataset
-
-        def batches(first_batch):
-            return teacher_outputs.CachedBatches(
-                views, outputs, distiller.teacher.output_names, dataset.y_train,
-                config.batch_size, seed, dataset.mean, dataset.std, first_batch,
-            )  # fmt: skip
-
-        return batches
+        return teacher_outputs.batches(
+            *self._cached, distiller, self._dataset, config.batch_size, seed
+        )
 
     def _take_over(self, earlier, place):
         """Copies the checkpoints of the shorter trial that this one goes on with."""

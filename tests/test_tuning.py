@@ -1,0 +1,547 @@
+"""The parts of a search, without training where none is needed."""
+
+import gc
+import json
+from types import SimpleNamespace
+
+import h5py
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+from keras_tuner.engine.trial import TrialStatus
+from rich.console import Console
+from small import convnet, images
+
+import dskd_keras
+from dskd_keras import teacher_outputs, training
+from dskd_keras.command_line import parse
+from dskd_keras.config import ExperimentConfig, SearchConfig, SearchRanges
+from dskd_keras.data import FixedViews, ImageDataset
+from dskd_keras.errors import InputError, TrainingError
+from dskd_keras.tuning import DistillationHyperModel, oracles, results
+from dskd_keras.tuning.memory import freed_afterwards
+
+TUNERS = ("random", "bayesian", "hyperband")
+
+
+def hypermodel(ranges=None, **settings):
+    settings = {"student_layers": ["stage1", "stage2"], **settings}
+    return DistillationHyperModel(
+        convnet("teacher", 6), lambda: convnet("student"), ranges=ranges, **settings
+    )
+
+
+# The hypermodel
+
+
+def test_values_lie_in_their_ranges_and_reach_the_distiller(tmp_path):
+    ranges = SearchRanges(temperature=[2, 3], weighting_temperature=[0.5, 2])
+    model = hypermodel(ranges)
+    oracle = keras_tuner.oracles.RandomSearchOracle("val_accuracy", max_trials=12, seed=1)
+    oracle._set_project_dir(str(tmp_path), "search")
+    oracle.verbose = 0
+    model.declare_hyperparameters(oracle.hyperparameters)
+    seen = set()
+    for trial in range(12):
+        hp = oracle.create_trial(f"tuner{trial}").hyperparameters
+        values = model.values(hp)
+        distiller = model.build(hp)
+        assert 2 <= values["temperature"] <= 3
+        for name in ("temperature", "label_weight", "prediction_weight", "deep_feature_weight"):
+            assert getattr(distiller, name) == values[name] == float(f"{values[name]:.4g}")
+        weighting = distiller.feature_weighting
+        assert type(weighting).__name__.lower() == values["weighting"]
+        assert ("weighting_temperature" in values) == (values["weighting"] == "softmax")
+        if values["weighting"] == "softmax":
+            assert weighting.temperature == values["weighting_temperature"]
+        rate = float(keras.ops.convert_to_numpy(distiller.optimizer.learning_rate))
+        assert rate == pytest.approx(values["learning_rate"])
+        seen.add(values["weighting"])
+    assert seen == {"softmax", "proportional", "inverse", "uniform"}
+
+
+def test_the_first_values_are_the_given_ones():
+    model = hypermodel(temperature=5.0, weighting="inverse", deep_feature_weight=77.0)
+    values = model.values(keras_tuner.HyperParameters())
+    assert values["temperature"] == 5.0 and values["weighting"] == "inverse"
+    assert values["deep_feature_weight"] == 77.0 and values["learning_rate"] == 0.05
+    # What is outside of its range can't be proposed; the middle is.
+    assert hypermodel(temperature=40.0).values(keras_tuner.HyperParameters())[
+        "temperature"
+    ] == pytest.approx(10**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "settings", "searched"),
+    [
+        ({"temperature": [2, 8]}, {}, {"temperature"}),
+        (
+            {"student_layers": [["stage1"], ["stage2", "stage1"]]},
+            {},
+            {"student_layers"},
+        ),
+        ({"weighting": ["uniform", "inverse"]}, {}, {"weighting"}),
+        ({"weighting_temperature": [1, 2]}, {"weighting": "uniform"}, set()),
+        (
+            None,
+            {"student_layers": ()},
+            {"temperature", "label_weight", "prediction_weight", "learning_rate"},
+        ),
+        (None, {"student_layers": (), "prediction_weight": 0.0}, {"learning_rate"}),
+        (
+            {"deep_prediction_weight": [1, 2], "prediction_weight": [1, 2], "label_weight": [1, 2]},
+            {"deep_prediction_weight": 0.0},
+            {"prediction_weight", "label_weight"},
+        ),
+        (
+            {"temperature": [1, 2], "deep_feature_weight": [1, 2]},
+            {"deep_prediction_weight": 0.0, "prediction_weight": 0.0},
+            {"deep_feature_weight"},
+        ),
+    ],
+)
+def test_only_what_counts_is_searched(ranges, settings, searched):
+    assert set(hypermodel(ranges, **settings).values(keras_tuner.HyperParameters())) == searched
+
+
+def test_layers_are_chosen_as_sets():
+    model = hypermodel({"student_layers": [["stage1"], ["stage2", "stage1"]]})
+    hp = keras_tuner.HyperParameters()
+    model.declare_hyperparameters(hp)
+    hp.values["student_layers"] = "stage2, stage1"
+    assert model.distiller(hp).student_layers == ("stage2", "stage1")
+
+
+def test_a_search_of_ones_own(tmp_path):
+    x, y = images(24)
+    model = hypermodel({"temperature": [2, 8], "learning_rate": [0.001, 0.01]})
+    tuner = keras_tuner.RandomSearch(
+        model,
+        keras_tuner.Objective("val_accuracy", "max"),
+        max_trials=2,
+        directory=tmp_path,
+        seed=3,
+    )
+    before = [weight.copy() for weight in model.teacher.get_weights()]
+    tuner.search(x[:16], y[:16], validation_data=(x[16:], y[16:]), epochs=2, verbose=0)
+    trials = tuner.oracle.get_best_trials(2)
+    assert [trial.status for trial in trials] == ["COMPLETED"] * 2
+    assert trials[0].hyperparameters.values != trials[1].hyperparameters.values
+    for a, b in zip(before, model.teacher.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    best = tuner.get_best_models(1)[0]
+    assert best.evaluate(x[16:], y[16:], verbose=0, return_dict=True)["accuracy"] == pytest.approx(
+        trials[0].score
+    )
+    # The teacher is not kept with the trials.
+    with h5py.File(next(tmp_path.rglob("*.weights.h5"))) as file:
+        shapes = []
+        file.visititems(lambda name, item: shapes.append(getattr(item, "shape", ())))
+    kernels = [tuple(v.shape) for v in model.teacher.variables if len(v.shape) == 4]
+    assert kernels and not set(kernels) & set(shapes)
+
+
+def test_a_search_of_ones_own_needs_validation_data(tmp_path):
+    x, y = images(8)
+    tuner = keras_tuner.RandomSearch(
+        hypermodel({"temperature": [2, 8]}),
+        keras_tuner.Objective("val_accuracy", "max"),
+        directory=tmp_path,
+    )
+    with pytest.raises(keras_tuner.errors.FatalError, match="validation_data: not given"):
+        tuner.search(x, y, epochs=1, verbose=0)
+
+
+def test_a_loss_that_is_not_finite_fails_the_trial(tmp_path):
+    x, y = images(8)
+    x[0] = np.nan
+    model = hypermodel({"temperature": [2, 8]})
+    distiller = model.build(keras_tuner.HyperParameters())
+    with pytest.raises(keras_tuner.errors.FailedTrialError, match="the loss is not finite"):
+        model.fit(None, distiller, x, y, validation_data=(x, y), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranges": {"tempo": [1, 2]}}, "ranges: unknown name 'tempo'"),
+        ({"ranges": {"temperature": [3, 1]}}, "from 3 to 1 is the wrong way round"),
+        ({"ranges": {"temperature": []}}, r"ranges.temperature: \[\] is empty"),
+        ({"ranges": {"temperature": [2, 2]}}, "from 2 to 2 is empty"),
+        ({"ranges": {"temperature": [0, 2]}}, "two positive numbers"),
+        ({"ranges": {"temperature": ["a", 2]}}, "two positive numbers"),
+        ({"ranges": {"weighting": ["softmax", "foo"]}}, "unknown name 'foo'"),
+        ({"ranges": {"weighting": ["softmax", "softmax"]}}, "there twice"),
+        ({"ranges": {"student_layers": ["stage1"]}}, "each choice should be a list"),
+        ({"tempo": 2}, "unknown name 'tempo'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        hypermodel(**arguments)
+
+
+def test_a_student_is_a_function():
+    with pytest.raises(InputError, match="a function that returns a new student"):
+        DistillationHyperModel(convnet("teacher"), convnet("student"))
+
+
+# The oracles
+
+
+def search_config(tuner, **fields):
+    return SearchConfig("resnet8", "resnet8", tuner=tuner, **fields)
+
+
+def new_oracle(tuner, folder, most=9, **fields):
+    space = keras_tuner.HyperParameters()
+    ranges = {
+        "temperature": [1, 10],
+        "learning_rate": [0.001, 1.0],
+        "weighting": ["softmax", "uniform"],
+    }
+    DistillationHyperModel(
+        None, lambda: None, ranges=ranges, student_layers=["stage1"]
+    ).declare_hyperparameters(space)
+    oracle = oracles.create(search_config(tuner, max_trials=most, **fields), 9, space)
+    oracle._set_project_dir(str(folder.parent), folder.name)
+    return oracle
+
+
+def score(values):
+    return 1 / (1 + (np.log(values["temperature"] / 4)) ** 2 + values["learning_rate"])
+
+
+def go_on(oracle, tuner_id="tuner0", most=100):
+    """Runs trials as a tuner would, in no time; returns the ids of those it ran."""
+    ran = []
+    while len(ran) < most:
+        trial = oracle.create_trial(tuner_id)
+        if trial.status == TrialStatus.STOPPED:
+            break
+        assert trial.status == TrialStatus.RUNNING
+        ran.append(trial.trial_id)
+        finish(oracle, trial)
+    return ran
+
+
+def finish(oracle, trial, status=TrialStatus.COMPLETED):
+    if status == TrialStatus.COMPLETED:
+        value = score(trial.hyperparameters.values)
+        oracle.update_trial(trial.trial_id, {"val_accuracy": value})
+    trial.status = status
+    oracle.end_trial(trial)
+
+
+def outcome(oracle):
+    return {
+        trial.trial_id: (trial.status, trial.score, trial.hyperparameters.values)
+        for trial in oracle.ended()
+    }
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_a_search_killed_at_any_moment_goes_on(tuner, tmp_path, monkeypatch):
+    moments = []
+    write = dskd_keras.artifacts.write_text
+
+    def remember(path, text):
+        moments.append(text)
+        write(path, text)
+
+    monkeypatch.setattr("dskd_keras.artifacts.write_text", remember)
+    # A proposal of the Gaussian process takes seconds.
+    most, every = (4, 4) if tuner == "bayesian" else (9, 1)
+    whole = new_oracle(tuner, tmp_path / "whole", most)
+    assert len(go_on(whole)) == len(outcome(whole)) == most
+    expected, moments = outcome(whole), list(moments)
+    assert len(moments) >= 2 * most
+    for number, state in list(enumerate(moments))[::every]:
+        folder = tmp_path / f"killed-{number}"
+        folder.mkdir()
+        (folder / "oracle.json").write_text(state)
+        again = new_oracle(tuner, folder, most)
+        assert again.reload()
+        done = outcome(again)
+        ran = go_on(again)
+        # None is repeated, none is lost, and they are what they would have been.
+        assert not set(ran) & set(done) and len(ran) == len(set(ran)) == most - len(done)
+        assert outcome(again) == expected
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_a_search_proposes_nothing_twice_and_begins_with_the_configuration(tuner, tmp_path):
+    oracle = new_oracle(tuner, tmp_path / "search", most=5 if tuner == "bayesian" else 12)
+    go_on(oracle)
+    first = oracle.trials["0000"].hyperparameters.values
+    assert (first["temperature"], first["learning_rate"]) == (4.0, 0.05)
+    proposals = [
+        tuple(str(trial.hyperparameters.values[name]) for name in ("temperature", "learning_rate"))
+        for trial in oracle.trials.values()
+        if "tuner/trial_id" not in trial.hyperparameters.values
+    ]
+    assert len(set(proposals)) == len(proposals)
+
+
+def test_more_trials_go_on_where_a_finished_search_ended(tmp_path):
+    go_on(new_oracle("random", tmp_path / "search", most=4))
+    more = new_oracle("random", tmp_path / "search", most=7)
+    more.reload()
+    assert go_on(more) == ["0004", "0005", "0006"]
+
+
+def test_hyperband_takes_brackets_that_the_trials_are_enough_for(tmp_path):
+    # Of nine epochs KerasTuner's first bracket has thirteen trials.
+    for most, expected in ((6, [9] * 6), (10, [3] * 5 + [9] * 5)):
+        oracle = new_oracle("hyperband", tmp_path / f"search-{most}", most=most)
+        go_on(oracle)
+        trials = [trial.hyperparameters.values for _, trial in sorted(oracle.trials.items())]
+        assert sorted(values["tuner/epochs"] for values in trials) == expected
+        promoted = [values for values in trials if "tuner/trial_id" in values]
+        assert [values["tuner/initial_epoch"] for values in promoted] == [3, 3][: most - 8]
+
+
+def test_a_dead_workers_trial_goes_to_another(tmp_path):
+    oracle = new_oracle("random", tmp_path / "search", most=2)
+    first, second = oracle.create_trial("a"), oracle.create_trial("b")
+    finish(oracle, second)
+    # There may be something to redo as long as others run.
+    assert oracle.create_trial("b").status == TrialStatus.IDLE
+    assert not oracle.is_over()
+    assert oracle.abandon("a", "SIGKILL") == first.trial_id
+    again = oracle.create_trial("b")
+    assert again.trial_id == first.trial_id
+    assert again.hyperparameters.values == first.hyperparameters.values
+    # The one that was thought dead comes after all, and the other one later.
+    oracle.update_trial(first.trial_id, {"val_accuracy": 0.5})
+    first.status = TrialStatus.COMPLETED
+    oracle.end_trial(first)
+    oracle.update_trial(first.trial_id, {"val_accuracy": 0.9})
+    oracle.end_trial(again)
+    assert oracle.trials[first.trial_id].score == 0.5
+    assert len(oracle.end_order) == 2
+    assert oracle.create_trial("b").status == TrialStatus.STOPPED
+    assert oracle.is_over()
+
+
+def test_silence_is_noticed_and_a_sign_of_life_too(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    oracle = new_oracle("random", tmp_path / "search")
+    trials = [oracle.create_trial(name) for name in ("a", "b")]
+    now[0] = 50
+    oracle.get_trial(trials[0].trial_id)
+    now[0] = 70
+    assert oracle.silent(60) == ["b", "b"] or oracle.silent(60) == ["b"]
+    now[0] = 120
+    assert set(oracle.silent(60)) == {"a", "b"}
+
+
+def test_a_trial_that_kills_its_process_again_and_again_has_failed(tmp_path):
+    folder = tmp_path / "search"
+    new_oracle("random", folder).create_trial("tuner0")
+    for _ in range(2):
+        oracle = new_oracle("random", folder)
+        oracle.reload()
+        assert oracle.create_trial("tuner0").trial_id == "0000"
+    oracle = new_oracle("random", folder)
+    oracle.reload()
+    assert oracle.create_trial("tuner0").trial_id == "0001"
+    (failed,) = oracle.ended()
+    assert failed.status == TrialStatus.FAILED and "3 times before its first" in failed.message
+
+
+def test_a_trial_with_a_checkpoint_may_die_as_often_as_it_likes(tmp_path):
+    folder = tmp_path / "search"
+    new_oracle("random", folder).create_trial("tuner0")
+    for _ in range(6):
+        oracle = new_oracle("random", folder)
+        oracle.begun = lambda trial_id: True
+        oracle.reload()
+        assert oracle.create_trial("tuner0").trial_id == "0000"
+
+
+def test_failures_are_recorded_and_too_many_in_a_row_end_the_search(tmp_path):
+    oracle = new_oracle("random", tmp_path / "search", max_failures=4)
+    for _ in range(3):
+        finish(oracle, oracle.create_trial("tuner0"), TrialStatus.FAILED)
+    go_on(oracle, most=1)
+    assert oracle.failure is None
+    for _ in range(4):
+        finish(oracle, oracle.create_trial("tuner0"), TrialStatus.FAILED)
+    assert oracle.failure == "the last 4 trials failed"
+    assert oracle.create_trial("tuner0").status == TrialStatus.STOPPED
+    assert len(oracle.ended()) == 8 and oracle.ended()[0].status == TrialStatus.COMPLETED
+
+
+def test_a_full_disk_ends_the_search(tmp_path, monkeypatch):
+    oracle = new_oracle("random", tmp_path / "search")
+    trial = oracle.create_trial("tuner0")
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dskd_keras.artifacts.write_text", full)
+    finish(oracle, trial)
+    assert "No space left" in oracle.failure
+    assert oracle.create_trial("tuner0").status == TrialStatus.STOPPED
+
+
+# Cached outputs of the teacher
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 8, 8, 2)).astype("uint8")
+    labels = np.arange(20).astype("int32") % 3
+    return ImageDataset(
+        "noise", pixels, labels, pixels[:6], labels[:6], ("a", "b", "c"), (0.5, 0.5), (0.3, 0.3),
+        x_validation=pixels[:6], y_validation=labels[:6],
+    )  # fmt: skip
+
+
+def cache(dataset, folder, views=3, teacher=None):
+    views = teacher_outputs.fixed_views(dataset, views, "crop_flip")
+    teacher = teacher or convnet("teacher", 6)
+    console = Console(quiet=True)
+    return views, teacher_outputs.compute(teacher, None, views, folder, console, lambda: None)
+
+
+def test_cached_outputs_are_the_teachers(dataset, tmp_path):
+    teacher = convnet("teacher", 6)
+    distiller = dskd_keras.Distiller(teacher, convnet("student"), ["stage1"])
+    views, outputs = cache(dataset, tmp_path, teacher=teacher)
+    batches = teacher_outputs.batches(views, outputs, distiller, dataset, 8, seed=1)(0)
+    assert batches.steps_per_epoch == 3
+    seen = []
+    for index in range(2 * 3 * 3):
+        x, targets = batches[index]
+        expected = distiller.targets(x).teacher
+        for name in ("logits", "features"):
+            assert targets.teacher[name].dtype == np.float16
+            # Half precision has eleven binary digits.
+            np.testing.assert_allclose(targets.teacher[name], expected[name], rtol=6e-4, atol=1e-3)
+        seen += [(index // 3 % 3, image.tobytes()) for image in x]
+    # Every image once an epoch, three views of each, the same ones again after three epochs.
+    assert len(seen) == 6 * 20 and len(set(seen)) == 3 * 20
+
+
+def test_views_are_augmented_and_the_same_everywhere(dataset):
+    first, again = (
+        FixedViews(dataset.x_train, 2, "crop_flip", (0.5, 0.5), (0.3, 0.3)) for _ in range(2)
+    )
+    chosen = np.array([3, 7, 11])
+    np.testing.assert_array_equal(first(1, chosen), again(1, chosen)[:])
+    np.testing.assert_array_equal(first(1, chosen)[1:2], first(1, chosen[1:2]))
+    assert not np.array_equal(first(0, chosen), first(1, chosen))
+    plain = teacher_outputs.fixed_views(dataset, 5, "none")
+    assert plain.count == 1
+    np.testing.assert_array_equal(
+        plain(0, chosen),
+        training.data.batches.to_input(dataset.x_train[chosen], dataset.mean, dataset.std),
+    )
+
+
+def test_training_on_cached_outputs_is_training_under_the_teacher(dataset, tmp_path):
+    """One step on the same images: the losses differ by half precision alone."""
+    teacher = convnet("teacher", 6)
+    losses = []
+    for cached in (False, True):
+        keras.utils.set_random_seed(1)
+        distiller = dskd_keras.Distiller(teacher, convnet("student"), ["stage1", "stage2"])
+        distiller.compile(keras.optimizers.SGD(0.0), **training.compile_options())
+        views, outputs = cache(dataset, tmp_path, teacher=teacher)
+        batches = teacher_outputs.batches(views, outputs, distiller, dataset, 8, seed=1)(0)
+        x, targets = batches[0]
+        y = targets if cached else targets.label
+        losses.append(distiller.train_on_batch(x, y, return_dict=True))
+    for name in losses[0]:
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=2e-3, abs=1e-4), name
+
+
+def test_outputs_are_computed_once_and_an_interrupted_computation_goes_on(
+    dataset, tmp_path, monkeypatch
+):
+    teacher = convnet("teacher", 6)
+    runs = []
+    compute_view = teacher_outputs._compute_view
+
+    def compute(frozen, views, view, *rest):
+        runs.append(view)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        compute_view(frozen, views, view, *rest)
+
+    monkeypatch.setattr(teacher_outputs, "_compute_view", compute)
+    with pytest.raises(KeyboardInterrupt):
+        cache(dataset, tmp_path, teacher=teacher)
+    cache(dataset, tmp_path, teacher=teacher)
+    cache(dataset, tmp_path, teacher=teacher)
+    assert runs == [0, 1, 1, 2]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_their_name_stands_for_everything_that_shapes_them(dataset):
+    teacher = convnet("teacher", 6)
+    key = teacher_outputs.key(teacher, None, dataset, "crop")
+    assert key == teacher_outputs.key(teacher, None, dataset, "crop")
+    others = [
+        teacher_outputs.key(teacher, "stage1", dataset, "crop"),
+        teacher_outputs.key(teacher, None, dataset, "none"),
+    ]
+    teacher.set_weights([weight + 1e-6 for weight in teacher.get_weights()])
+    others.append(teacher_outputs.key(teacher, None, dataset, "crop"))
+    assert len({key, *others}) == 4
+
+
+def test_outputs_that_do_not_fit_are_refused(dataset, tmp_path, monkeypatch):
+    teacher = convnet("teacher", 6)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"cached_views: the outputs of 3 view\(s\) need .* GiB"):
+        cache(dataset, tmp_path, teacher=teacher)
+    monkeypatch.undo()
+    teacher.set_weights([1e4 * weight for weight in teacher.get_weights()])
+    with pytest.raises(TrainingError, match="not finite in half precision"):
+        cache(dataset, tmp_path, teacher=teacher)
+
+
+# The results
+
+
+def test_best_yaml_is_a_configuration_of_train(tmp_path):
+    config = search_config("random", run_dir=str(tmp_path), trial_epochs=3, epochs=50)
+    values = {"temperature": 2.5, "weighting": "inverse", "student_layers": ["stage2"]}
+    best = results.TrialResult("0004", values, 0.875, epochs=3)
+    results.write_best(tmp_path / "best.yaml", config, best)
+    read = parse(ExperimentConfig, ["--config", str(tmp_path / "best.yaml")], tmp_path, "train.py")
+    assert (read.temperature, read.weighting, read.student_layers) == (2.5, "inverse", ["stage2"])
+    # The whole training, on all of its images, in a folder where nothing else is.
+    assert (read.epochs, read.validation_fraction) == (50, 0.0)
+    assert read.run_dir == str(tmp_path / "search" / "best-0004")
+
+
+def test_the_first_trials_memory_is_all_that_is_taken(tmp_path):
+    """TensorFlow keeps what `fit` traces, unless its registry is emptied."""
+    x, y = images(8)
+    model = hypermodel({"temperature": [2, 8]})
+
+    def trial():
+        distiller = model.build(keras_tuner.HyperParameters())
+        distiller.fit(x, y, verbose=0, epochs=1)
+
+    counts = []
+    for _ in range(4):
+        with freed_afterwards():
+            trial()
+        counts.append(len(gc.get_objects()))
+    # Without it TensorFlow leaves thousands of objects a trial; JAX keeps some small caches.
+    assert counts[3] - counts[2] < 600, counts
+
+
+def test_the_state_is_plain_json(tmp_path):
+    oracle = new_oracle("hyperband", tmp_path / "search")
+    go_on(oracle, most=2)
+    state = json.loads((tmp_path / "search" / "oracle.json").read_text())
+    assert [trial["status"] for trial in state["trials"]] == ["COMPLETED"] * 2
