@@ -58,6 +58,10 @@ def main(
     )  # fmt: skip
     images = data.load(dataset, train_examples=config.train_examples, validation_fraction=0.1)
     teacher = experiment.create_teacher(config, images)
+    for layer in teacher.layers:
+        # Untrained, with moving averages of 0 and 1, so deep a model overflows.
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.gamma.assign(0.3 * keras.ops.ones_like(layer.gamma))
     with tempfile.TemporaryDirectory() as folder:
         console = Console(quiet=True)
         views = teacher_outputs.fixed_views(

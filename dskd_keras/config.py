@@ -328,4 +328,8 @@ class SearchConfig(ExperimentConfig):
     def experiment(self, **changes) -> ExperimentConfig:
         """Returns the configuration of a training run, without what concerns the search."""
         names = [field.name for field in dataclasses.fields(ExperimentConfig)]
-        return ExperimentConfig(**{name: getattr(self, name) for name in names} | changes)
+        values = {name: getattr(self, name) for name in names}
+        # The teacher stays the one it is, whatever is changed for the student.
+        values["teacher_epochs"] = self.teacher_epochs or self.epochs
+        values["teacher_learning_rate"] = self.teacher_learning_rate or self.learning_rate
+        return ExperimentConfig(**values | changes)

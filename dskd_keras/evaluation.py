@@ -31,11 +31,11 @@ def head_accuracies(distiller, dataset):
     deep_logits = heads.output.deep_logits
     if not deep_logits:
         return {}
-    model = keras.Model(heads.inputs, list(deep_logits.values()))
+    # A dict: of a list with one output Keras makes the output itself.
+    model = keras.Model(heads.inputs, dict(deep_logits))
     predictions = model.predict(evaluation_batches(dataset, "test"), verbose=0)
     return {
-        layer: accuracy(np.argmax(logits, axis=-1), dataset)
-        for layer, logits in zip(deep_logits, predictions, strict=True)
+        layer: accuracy(np.argmax(predictions[layer], axis=-1), dataset) for layer in deep_logits
     }
 
 
