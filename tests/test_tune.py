@@ -275,6 +275,13 @@ def test_a_folder_belongs_to_one_search(eager, teachers, tmp_path, capsys, monke
     assert (tmp_path / "run" / "search.unfinished-1" / "oracle.json").exists()
 
 
+def test_a_teacher_below_the_bar_leaves_the_folder_free(eager, teachers, tmp_path, capsys):
+    more = ("--max_trials", 1, "--min_teacher_accuracy")
+    assert tune.main(flags(tmp_path, teachers, *more, 1.0)) == 2
+    assert "min_teacher_accuracy: the teacher" in capsys.readouterr().err
+    assert tune.main(flags(tmp_path, teachers, *more, 0.0)) == 0
+
+
 def test_ctrl_c_leaves_what_resume_goes_on_from(eager, teachers, tmp_path, monkeypatch):
     train_student, calls = training.train, []
 

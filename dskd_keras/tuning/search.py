@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -90,10 +91,16 @@ def run(config, console=None, command=None, worker_command=None):
             artifacts.write_text(folder / "config.yaml", config.to_yaml())
         console.print(search.describe())
         begin = time.perf_counter()
-        if dataset is None:
-            _lead(search, worker_command if role is None else None)
-        else:
-            _search_alone(search, dataset)
+        try:
+            if dataset is None:
+                _lead(search, worker_command if role is None else None)
+            else:
+                _search_alone(search, dataset)
+        except InputError:
+            if not search.oracle.trials:
+                # What is mended now is another configuration, and the folder is free for it.
+                _forget(folder)
+            raise
         if search.oracle.failure:
             raise TrainingError(
                 f"the search stopped: {search.oracle.failure}. See '{folder}/trials.csv'; "
@@ -220,6 +227,12 @@ def _known(config, folder):
         return json.loads((folder / "search.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def _forget(folder):
+    for name in ("config.yaml", "environment.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "teacher", ignore_errors=True)
 
 
 def _search_alone(search, dataset):
