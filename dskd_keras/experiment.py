@@ -78,14 +78,7 @@ def run(config, console=None, command=None):
     needed = not all((folder / "metrics.json").exists() for folder in folders.values())
     if config.teacher_weights and needed and not Path(config.teacher_weights).is_file():
         raise InputError(f"teacher_weights: there is no file '{config.teacher_weights}'.")
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        train_examples=config.train_examples,
-        validation_fraction=config.validation_fraction,
-    )
-    console.print(describe(dataset))
+    dataset = load_data(config, console)
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     _distiller(config, create_teacher(config, dataset), create_student(config, dataset))
     finished = {
@@ -135,8 +128,20 @@ def check_names(config):
             raise unknown_name(field, name, models.names())
 
 
-def describe(dataset):
-    """Returns a line on a data set's images."""
+def load_data(config, console):
+    """Loads the configured `data.ImageDataset` and says what it is."""
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        train_examples=config.train_examples,
+        validation_fraction=config.validation_fraction,
+    )
+    console.print(_describe(dataset))
+    return dataset
+
+
+def _describe(dataset):
     parts = [f"{len(dataset.x_train):,} training"]
     if dataset.x_validation is not None:
         parts.append(f"{len(dataset.x_validation):,} validation")

@@ -1,8 +1,7 @@
 """Runs train.py and dies at given moments: `python killed_run.py MOMENT,… FLAG…`, for test_resume.
 
-Each moment has a process of its own, forked from this one once the backend is imported, which is
-most of such a short run. The first that does not die by SIGKILL ends it, with its exit status.
-With EAGERLY=1 in the environment TensorFlow compiles nothing.
+Each moment has a process of its own (see forks.py). With EAGERLY=1 in the environment TensorFlow
+compiles nothing.
 
 MOMENT is `PHASE:WHAT:STEPS`, with PHASE `teacher` or `student`, STEPS the number of training steps
 done by then, and WHAT one of
@@ -20,27 +19,21 @@ the training: before the model's file is there, when it is, and before metrics.j
 `student:unsaved:0`, where the disk is full when the model is to be saved. `none` lets it run.
 """
 
-import os
 import resource
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import forks
+from forks import before, die
+
 import train
 from dskd_keras import artifacts, checkpoints, experiment
 
-if os.environ.get("EAGERLY"):
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
+forks.run_eagerly()
 
 moment = phase = None
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def reach(what, steps=0):
@@ -49,17 +42,6 @@ def reach(what, steps=0):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         else:
             die()
-
-
-def before(owner, name, hook):
-    """Calls `hook` with the arguments of `owner.name` before it is called."""
-    function = getattr(owner, name)
-
-    def hooked(*args, **kwargs):
-        hook(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    setattr(owner, name, hooked)
 
 
 def enter(name):
@@ -113,15 +95,11 @@ checkpoints.Checkpointer.on_test_begin = lambda self, logs=None: reach(
 write_bytes, artifacts.write_bytes = artifacts.write_bytes, write
 save, artifacts.save_model = artifacts.save_model, save_model
 
-for number, moment in enumerate(sys.argv[1].split(",")):
-    process = os.fork()
-    if not process:
-        status = train.main(sys.argv[2:])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if status != -signal.SIGKILL:
-        print(f"{number} killed, then {moment} ended with {status}")
-        sys.exit(status)
-sys.exit(f"all {number + 1} killed")
+
+def main(wanted, argv):
+    global moment
+    moment = wanted
+    return train.main(argv)
+
+
+forks.run(main)

@@ -28,8 +28,10 @@ def parameters(rows):
     height = -(-len(names) // _COLUMNS)
     figure = drawing.new_figure(9.2, 0.5 + 2.4 * height)
     grid = figure.add_gridspec(height, min(_COLUMNS, len(names)))
+    axes = None
     for index, name in enumerate(names):
-        axes = figure.add_subplot(grid[divmod(index, _COLUMNS)])
+        # One scale for all, or a narrow panel would look like a strong effect.
+        axes = figure.add_subplot(grid[divmod(index, _COLUMNS)], sharey=axes)
         drawing.style(axes)
         known = [row for row in rows if name in row.values]
         values = [row.values[name] for row in known]

@@ -12,7 +12,6 @@ import yaml
 
 from dskd_keras import (
     artifacts,
-    data,
     experiment,
     report,
     run_folder,
@@ -194,14 +193,7 @@ def hypermodel(config, dataset, teacher):
 
 def _load(config, console):
     """Loads the data and builds a distiller of every kind that a trial may need."""
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        train_examples=config.train_examples,
-        validation_fraction=config.validation_fraction,
-    )
-    console.print(experiment.describe(dataset))
+    dataset = experiment.load_data(config, console)
     if config.teacher_weights and not Path(config.teacher_weights).is_file():
         raise InputError(f"teacher_weights: there is no file '{config.teacher_weights}'.")
     teacher = experiment.create_teacher(config, dataset)
