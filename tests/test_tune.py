@@ -26,6 +26,11 @@ FLAGS = [
     "--teacher", "resnet8", "--student", "resnet8", "--dataset", "digits", "--image_size", "8",
     "--train_examples", "100", "--epochs", "1", "--batch_size", "16",
 ]  # fmt: skip
+# On JAX a trial of any size is ten seconds of compiling. What depends on the backend is tested
+# there too; what KerasTuner, files and processes do is the same on all.
+not_on_jax = pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="compiling takes minutes, and nothing here is JAX's"
+)
 NO_STATISTICS = ("seconds", "peak_memory_mib")
 
 
@@ -88,7 +93,14 @@ def parts(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("tuner", ["random", "bayesian", "hyperband"])
+@pytest.mark.parametrize(
+    "tuner",
+    [
+        "random",
+        pytest.param("bayesian", marks=not_on_jax),
+        pytest.param("hyperband", marks=not_on_jax),
+    ],
+)
 def test_six_trials(tuner, eager, teachers, tmp_path, capsys, parts):
     more = {
         "random": ["--cached_views", 2],
@@ -163,6 +175,7 @@ def test_a_promoted_trial_goes_on_where_the_shorter_one_ended(eager, teachers, t
     assert history(tmp_path / "again" / "dskd") == history(longer)
 
 
+@not_on_jax
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
     eager, teachers, tmp_path, monkeypatch, capsys
 ):
@@ -190,6 +203,7 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
     assert "MemoryError" in (tmp_path / "run/search/trial_0002/error.txt").read_text()
 
 
+@not_on_jax
 def test_too_many_failures_end_the_search_in_one_line(
     eager, teachers, tmp_path, monkeypatch, capsys
 ):
@@ -206,6 +220,7 @@ def test_too_many_failures_end_the_search_in_one_line(
     assert len(trials(tmp_path)) == 2
 
 
+@not_on_jax
 def test_the_final_run_is_on_all_the_training_images(eager, teachers, tmp_path, capsys):
     more = ("--max_trials", 1, "--final", "--seeds", 0, 1, "--method", "kd")
     assert tune.main(flags(tmp_path, teachers, *more)) == 0
@@ -258,6 +273,7 @@ def test_bad_input_is_said_in_one_line_before_anything_trains(
     assert not (tmp_path / "run").exists()
 
 
+@not_on_jax
 def test_a_folder_belongs_to_one_search(eager, teachers, tmp_path, capsys, monkeypatch):
     assert tune.main(flags(tmp_path, teachers, "--max_trials", 1)) == 0
     capsys.readouterr()
@@ -275,6 +291,7 @@ def test_a_folder_belongs_to_one_search(eager, teachers, tmp_path, capsys, monke
     assert (tmp_path / "run" / "search.unfinished-1" / "oracle.json").exists()
 
 
+@not_on_jax
 def test_a_teacher_below_the_bar_leaves_the_folder_free(eager, teachers, tmp_path, capsys):
     more = ("--max_trials", 1, "--min_teacher_accuracy")
     assert tune.main(flags(tmp_path, teachers, *more, 1.0)) == 2
@@ -282,6 +299,7 @@ def test_a_teacher_below_the_bar_leaves_the_folder_free(eager, teachers, tmp_pat
     assert tune.main(flags(tmp_path, teachers, *more, 0.0)) == 0
 
 
+@not_on_jax
 def test_ctrl_c_leaves_what_resume_goes_on_from(eager, teachers, tmp_path, monkeypatch):
     train_student, calls = training.train, []
 
@@ -310,6 +328,7 @@ def run(script, *argv, **environment):
     )
 
 
+@not_on_jax
 def test_killed_at_any_moment_it_goes_on_to_the_same_trials(tmp_path):
     """By SIGKILL, eight times in one search of four trials."""
     more = ("--tuner", "hyperband", "--max_trials", 4, "--trial_epochs", 3, "--resume",
@@ -330,6 +349,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_trials(tmp_path):
         ).read_text()
 
 
+@not_on_jax
 def test_a_worker_is_killed_and_the_search_has_all_trials(tmp_path):
     """A chief and two workers on this machine."""
     argv = flags(tmp_path, tmp_path, "--tuner", "random", "--max_trials", 5, "--workers", 2)
@@ -399,6 +419,7 @@ def test_a_workers_variables_are_checked(variables, message, tmp_path, monkeypat
     assert error.startswith(f"error: {message}")
 
 
+@not_on_jax
 def test_tensorboards_hparams_page(eager, teachers, tmp_path):
     """Read back by TensorBoard's own code for that page."""
     from tensorboard.backend.event_processing import event_accumulator
