@@ -147,6 +147,8 @@ def _one_line(config_class, message):
         kind = hints[field]
         if typing.get_origin(_of_list(kind)) is Literal:
             kind = _of_list(kind)
+            given = re.findall(r"[^\s,'\"\[\]]+", value)
+            value = next((name for name in given if name not in typing.get_args(kind)), value)
         if typing.get_origin(kind) is Literal:
             return unknown_name(field, value.strip(), typing.get_args(kind))
         return InputError(f"{field} should be {_kind_name(kind)}. Received: {value.strip()!r}.")

@@ -174,14 +174,15 @@ class SearchRanges:
     """What a search tries; a parameter whose range is null keeps its configured value.
 
     Args:
-        temperature: From and to, drawn evenly on a logarithmic scale, as all numbers here.
-        label_weight: From and to.
-        prediction_weight: From and to.
-        deep_prediction_weight: From and to.
-        deep_feature_weight: From and to.
-        weighting: Names to choose from.
-        weighting_temperature: From and to; counts where the weighting is softmax.
-        learning_rate: From and to.
+        temperature: Two numbers, from and to, drawn evenly on a logarithmic scale, or null.
+        label_weight: Two numbers, from and to, or null.
+        prediction_weight: Two numbers, from and to, or null.
+        deep_prediction_weight: Two numbers, from and to, or null.
+        deep_feature_weight: Two numbers, from and to, or null.
+        weighting: Names to choose from, or null.
+        weighting_temperature: Two numbers, from and to, or null; counts where the weighting is
+            softmax.
+        learning_rate: Two numbers, from and to, or null.
         student_layers: Sets of shallow layers to choose from, such as [[stage1], [stage1, stage2]].
             Default: those configured.
     """
@@ -273,7 +274,8 @@ class SearchConfig(ExperimentConfig):
         resume: Go on with an interrupted search, or, with more max_trials, with a finished one.
         tuner: hyperband gives many trials few epochs and goes on with the best, bayesian learns
             from the trials before, random tries.
-        max_trials: Trials at most. Default: 30, with hyperband one round of all its brackets.
+        max_trials: Trials at most. Default: 30; with hyperband all of its brackets once, of which a
+            small number allows none that stops trials early.
         trial_epochs: Epochs of a trial, with hyperband of the longest. Default: epochs.
         ranges: What is searched, and where.
         search_seed: Of the tuner's own choices.

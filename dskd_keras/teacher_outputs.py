@@ -17,7 +17,7 @@ from dskd_keras.teacher import FrozenTeacher
 # What the teacher is run on at a time, and what is held in memory of its outputs.
 _BATCH = 256
 _CHUNK = 4096
-_GIBIBYTE = 2**30
+_MEBIBYTE = 2**20
 
 
 class TeacherOutputs:
@@ -171,7 +171,7 @@ def compute(teacher, layer, views, folder, console, waiting):
             _check_room(folder, len(missing), size)
             console.print(
                 f"Caching the teacher's outputs for {len(missing)} of {views.count} view(s) of "
-                f"{len(views.images):,} images: {len(missing) * size / _GIBIBYTE:.2f} GiB in "
+                f"{len(views.images):,} images: {len(missing) * size / _MEBIBYTE:,.1f} MiB in "
                 f"'{folder}'"
             )
             for view in missing:
@@ -212,9 +212,9 @@ def _check_room(folder, views, size):
     free = shutil.disk_usage(folder).free
     if views * size > free:
         raise InputError(
-            f"cached_views: the outputs of {views} view(s) need {views * size / _GIBIBYTE:.2f} GiB "
-            f"in '{folder}', where {free / _GIBIBYTE:.2f} GiB are free. Take fewer, or another "
-            "--teacher_dir."
+            f"cached_views: the outputs of {views} view(s) need "
+            f"{views * size / _MEBIBYTE:,.1f} MiB in '{folder}', where {free / _MEBIBYTE:,.1f} MiB "
+            "are free. Take fewer, or another --teacher_dir."
         )
 
 

@@ -499,7 +499,7 @@ def test_their_name_stands_for_everything_that_shapes_them(dataset):
 def test_outputs_that_do_not_fit_are_refused(dataset, tmp_path, monkeypatch):
     teacher = convnet("teacher", 6)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"cached_views: the outputs of 3 view\(s\) need .* GiB"):
+    with pytest.raises(InputError, match=r"cached_views: the outputs of 3 view\(s\) need .* MiB"):
         cache(dataset, tmp_path, teacher=teacher)
     monkeypatch.undo()
     teacher.set_weights([1e4 * weight for weight in teacher.get_weights()])

@@ -55,7 +55,7 @@ def parameters(rows):
         if index % _COLUMNS == 0:
             axes.set_ylabel("validation\naccuracy (%)", fontsize=drawing.SIZE, color=drawing.INK)
     figure.suptitle(
-        f"{len(rows)} trials; in the circle the best", x=0.01, ha="left",
+        f"{len(rows)} trials; the best is circled", x=0.01, ha="left",
         fontsize=drawing.SIZE, color=drawing.INK,
     )  # fmt: skip
     return drawing.to_png(figure)
@@ -102,7 +102,7 @@ def progress(rows):
 
 def _log_ticks(axes, low, high):
     low, high = (low / 1.1, high * 1.1) if low == high else (low, high)
-    room = (high / low) ** 0.06
+    room = (high / low) ** 0.1
     axes.set_xlim(low / room, high * room)
     decades = np.log10(high / low)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))

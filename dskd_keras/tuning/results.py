@@ -107,8 +107,11 @@ def table(rows, title):
         ranked.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     for name in searched:
         ranked.add_column(_header(name), justify="right", vertical="bottom", overflow="fold")
-    for rank, row in enumerate(rows[:_MOST_ROWS], 1):
+    accuracies = [row.val_accuracy for row in rows if row.val_accuracy is not None]
+    for row in rows[:_MOST_ROWS]:
         failed = row.val_accuracy is None
+        # Equal ones share a rank.
+        rank = 0 if failed else 1 + accuracies.index(row.val_accuracy)
         ranked.add_row(
             "–" if failed else str(rank),
             row.trial,

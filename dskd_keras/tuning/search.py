@@ -87,6 +87,8 @@ def run(config, console=None, command=None, worker_command=None):
             search.oracle.news.clear()
             console.print(f"Continuing after {len(search.oracle.ended())} trial(s).")
         else:
+            if config.resume:
+                console.print(f"There is nothing to resume in '{folder}': a new search begins.")
             artifacts.write_text(folder / "config.yaml", config.to_yaml())
         console.print(search.describe())
         begin = time.perf_counter()
@@ -132,7 +134,16 @@ class _Search:
         most = oracles.most_trials(self.config)
         trials = "trials until Hyperband is through" if most is None else f"up to {most} trials"
         searched = ", ".join(parameter.name for parameter in self.space.space)
-        return f"Searching {searched}: {self.config.tuner}, {trials} of {self.epochs} epoch(s)"
+        text = f"Searching {searched}: {self.config.tuner}, {trials} of {self.epochs} epoch(s)"
+        if isinstance(self.oracle, oracles.Hyperband) and most is not None:
+            needed = self.oracle.trials_to_halve()
+            if self.epochs < oracles.FACTOR:
+                text += (
+                    f". Hyperband stops none early: give --trial_epochs {oracles.FACTOR} or more"
+                )
+            elif most < needed:
+                text += f". Hyperband stops some early only from --max_trials {needed} on"
+        return text
 
     def is_complete(self, known):
         """Returns whether a finished search has all the trials that are asked for."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import keras
 import keras_tuner
 from keras_tuner.engine.base_tuner import BaseTuner
+from keras_tuner.src import config as keras_tuner_config
 
 from dskd_keras import artifacts, run_folder, teacher_outputs, training
 from dskd_keras.checkpoints import CheckpointFolder
@@ -52,6 +53,8 @@ class Trials(BaseTuner):
 
     def __init__(self, oracle, hypermodel, config, epochs, dataset, cached, console, on_end):
         folder = config.search_folder()
+        # Else KerasTuner prints the traceback of every failed trial, which error.txt has.
+        keras_tuner_config.DEBUG = False
         # Without a hypermodel for KerasTuner: it would build models to find the parameters.
         super().__init__(oracle, directory=folder.parent, project_name=folder.name)
         self._hypermodel = hypermodel
@@ -205,13 +208,12 @@ class Trials(BaseTuner):
                 with contextlib.suppress(Exception):
                     self.oracle.get_trial(trial_id)
 
-        thread = threading.Thread(target=repeat, daemon=True)
-        thread.start()
+        # Not waited for: it may be asking a chief that is no more, for a minute.
+        threading.Thread(target=repeat, daemon=True).start()
         try:
             yield
         finally:
             over.set()
-            thread.join()
 
 
 def has_checkpoint(folder):
