@@ -137,7 +137,8 @@ def test_six_trials(tuner, eager, teachers, tmp_path, capsys, parts):
         assert f"{config['temperature']:g}" == row["temperature"]
     best = yaml.safe_load((folder / "best.yaml").read_text())
     for name in ("temperature", "deep_feature_weight", "weighting", "learning_rate"):
-        assert f"{best[name]:g}" if isinstance(best[name], float) else best[name] == rows[0][name]
+        value = f"{best[name]:g}" if isinstance(best[name], float) else best[name]
+        assert value == rows[0][name]
     assert "rank" in said and "best.yaml" in said and "Trial 0005: " in said
 
     assert train.main(["--config", str(folder / "best.yaml")]) == 0

@@ -17,6 +17,7 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from sklearn.exceptions import ConvergenceWarning
 
 from dskd_keras import artifacts
+from dskd_keras.errors import InputError
 
 # A trial whose process died that often before its first checkpoint is taken for the reason.
 _MOST_DEATHS = 3
@@ -150,14 +151,16 @@ class _Durable:
         now = time.monotonic()
         return [
             tuner_id
-            for tuner_id in (*self.ongoing_trials, *self.tuner_ids)
+            for tuner_id in sorted({*self.ongoing_trials, *self.tuner_ids})
             if now - self._last_heard.get(tuner_id, now) > seconds
         ]
 
     @keras_tuner.synchronized
     def is_over(self):
-        """Returns whether no worker has a trial or waits for one."""
-        return not (self.ongoing_trials or self.tuner_ids or self._retry_queue)
+        """Returns whether no worker has a trial or waits for one, and none is left to be redone."""
+        # A search that ended early leaves what is to be redone to the one that resumes it.
+        left = self._retry_queue and not self.failure
+        return not (self.ongoing_trials or self.tuner_ids or left)
 
     def ended(self):
         """Returns the trials that ended, the best first, the failed last."""
@@ -183,10 +186,18 @@ class _Durable:
 
         Returns:
             Whether there was.
+
+        Raises:
+            InputError: It is damaged.
         """
         if not self._path().is_file():
             return False
-        state = json.loads(self._path().read_text(encoding="utf-8"))
+        try:
+            state = json.loads(self._path().read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(
+                f"run_dir: '{self._path()}' is damaged: not JSON. Choose another --run_dir."
+            ) from None
         trials = [Trial.from_state(trial) for trial in state["trials"]]
         self.trials = {trial.trial_id: trial for trial in trials}
         self._deaths = state["deaths"]
@@ -272,12 +283,11 @@ class Hyperband(_Durable, keras_tuner.oracles.HyperbandOracle):
     def _start_new_bracket(self):
         if self.most_trials is not None:
             left = self.most_trials - len(self.trials)
-            while self._current_bracket and self._bracket_trials() > left:
+            while self._current_bracket and self._bracket_trials(self._current_bracket) > left:
                 self._current_bracket -= 1
         super()._start_new_bracket()
 
-    def _bracket_trials(self, bracket=None):
-        bracket = self._current_bracket if bracket is None else bracket
+    def _bracket_trials(self, bracket):
         return sum(self._get_size(bracket, number) for number in range(bracket + 1))
 
     def trials_to_halve(self):

@@ -89,8 +89,7 @@ class Trials(BaseTuner):
 
         Raises:
             keras_tuner.errors.FailedTrialError: The trial can't be trained; the search goes on.
-            SearchEnded: No trial could.
-            InputError: Its folder can't be used.
+            SearchEnded: No trial could: its folder can't be used, or the disk can't be written.
         """
         folder = Path(self.get_trial_dir(trial.trial_id))
         try:
