@@ -61,7 +61,7 @@ def main(
     for layer in teacher.layers:
         # Untrained, with moving averages of 0 and 1, so deep a model overflows.
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.gamma.assign(0.3 * keras.ops.ones_like(layer.gamma))
+            layer.gamma.assign(0.3 * layer.gamma)
     with tempfile.TemporaryDirectory() as folder:
         console = Console(quiet=True)
         views = teacher_outputs.fixed_views(

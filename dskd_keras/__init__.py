@@ -3,6 +3,7 @@
 from dskd_keras import callbacks, losses, models, optimizers, weighting
 from dskd_keras.distiller import Distiller, Targets
 from dskd_keras.errors import InputError, TrainingError
+from dskd_keras.folding import fold_batch_norm
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "callbacks",
+    "fold_batch_norm",
     "losses",
     "models",
     "optimizers",

@@ -42,6 +42,8 @@ class ExperimentConfig:
         deep_feature_weight: Coefficient of the feature-map losses of the shallow layers.
         weighting: How the shallow layers share those: softmax, proportional, inverse or uniform.
         weighting_temperature: Sharpness of the softmax weighting: smaller is sharper.
+        dtype_policy: Precision of the student's training; variables and losses stay float32, and
+            mixed_float16 scales the loss. A teacher is trained in float32.
         epochs: Epochs of the student.
         batch_size: Images in a step.
         learning_rate: Of the student, at the start.
@@ -59,6 +61,10 @@ class ExperimentConfig:
         teacher_learning_rate: Of such a teacher. Default: the student's.
         teacher_seed: Seed of such a teacher.
         teacher_dir: Where trained teachers are kept.
+        fold_teacher: Fold the teacher's batch normalisations into its convolutions before it
+            teaches: the same outputs but for rounding, and faster.
+        teacher_dtype: Precision in which it then teaches; its outputs are float32. bfloat16 and
+            float16 pay on a processor or an accelerator that computes in them.
         min_teacher_accuracy: A teacher with a lower test accuracy (0 to 1) is refused.
         run_dir: Where the run is written. Default: runs/ and the pair's name.
         include_preprocessing: Save the student with the normalisation inside, so that it takes
@@ -89,6 +95,7 @@ class ExperimentConfig:
     deep_feature_weight: float = 1.0
     weighting: Literal["softmax", "proportional", "inverse", "uniform"] = "softmax"
     weighting_temperature: float = 1.0
+    dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     epochs: int = 240
     batch_size: int = 64
     learning_rate: float = 0.05
@@ -104,6 +111,8 @@ class ExperimentConfig:
     teacher_learning_rate: float | None = None
     teacher_seed: int = 0
     teacher_dir: str = "runs/teachers"
+    fold_teacher: bool = True
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     min_teacher_accuracy: float = 0.0
     run_dir: str | None = None
     include_preprocessing: bool = False
@@ -140,6 +149,16 @@ class ExperimentConfig:
             raise InputError(
                 f"seeds should be different whole numbers from 0, one or more. Received: "
                 f"{self.seeds}."
+            )
+        if self.teacher_dtype != "float32" and not self.fold_teacher:
+            raise InputError(
+                f"teacher_dtype: {self.teacher_dtype}, but fold_teacher is false. Folding makes "
+                "the copy that has another precision: choose float32, or fold."
+            )
+        if self.export and self.dtype_policy != "float32":
+            raise InputError(
+                f"export: {', '.join(self.export)}, but dtype_policy is {self.dtype_policy}. Only "
+                "a float32 student can be exported: choose dtype_policy float32, or no export."
             )
         if self.method == "dskd" and not self.student_layers:
             raise InputError(

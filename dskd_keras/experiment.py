@@ -27,6 +27,7 @@ from dskd_keras import (
 )
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError, unknown_name
+from dskd_keras.folding import fold_batch_norm
 
 # The methods differ in settings of the same distiller alone.
 _METHODS = {
@@ -46,7 +47,7 @@ _PIXELS = "pixels from 0 to 255"
 
 
 class Teacher(NamedTuple):
-    """A frozen teacher; `classes` are its predictions for the test images, `[N]`."""
+    """A teacher ready to teach; `classes` are its predictions for the test images, `[N]`."""
 
     model: keras.Model
     classes: np.ndarray
@@ -159,10 +160,15 @@ def _input_shape(dataset):
 
 
 def create_student(config, dataset):
-    """Returns a new student for the data set."""
-    return models.create(
-        config.student, dataset.num_classes, _input_shape(dataset), field="student"
-    )
+    """Returns a new student for the data set, in the configured precision."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.dtype_policy)
+    try:
+        return models.create(
+            config.student, dataset.num_classes, _input_shape(dataset), field="student"
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def create_teacher(config, dataset):
@@ -172,6 +178,21 @@ def create_teacher(config, dataset):
     return models.create(
         config.teacher, dataset.num_classes, _input_shape(dataset), field="teacher"
     )
+
+
+def ready_to_teach(config, teacher):
+    """Returns a trained teacher folded and in the configured precision; None where there is none.
+
+    Raises:
+        InputError: A weight is too large for `teacher_dtype`.
+    """
+    if teacher is None or not config.fold_teacher:
+        return teacher
+    keep = [] if config.teacher_layer is None else [config.teacher_layer]
+    try:
+        return fold_batch_norm(teacher, config.teacher_dtype, keep)
+    except InputError as error:
+        raise InputError(f"teacher_{error}") from None
 
 
 def distiller_settings(config):
@@ -202,6 +223,7 @@ def _teacher_config(config):
         config,
         method="ce",
         student=config.teacher,
+        dtype_policy="float32",
         epochs=config.teacher_epochs or config.epochs,
         learning_rate=config.teacher_learning_rate or config.learning_rate,
         seeds=[config.teacher_seed],
@@ -264,10 +286,13 @@ def obtain_teacher(config, dataset, console):
         InputError: Its accuracy is below `min_teacher_accuracy`, or its file can't be used.
     """
     model, path, result = load_teacher(config, dataset, console)
-    parameters = _parameters(model)
+    # What teaches is what is evaluated; its size and latency are those of the model as it was.
+    parameters, name = _parameters(model), model.name
+    latency_ms, weight_bytes = evaluation.latency_ms(model), evaluation.weight_bytes(model)
+    model = ready_to_teach(config, model)
     classes = evaluation.predicted_classes(model, dataset)
     accuracy = evaluation.accuracy(classes, dataset)
-    console.print(f"Teacher {model.name}: {100 * accuracy:.2f} % on the test set ({path})")
+    console.print(f"Teacher {name}: {100 * accuracy:.2f} % on the test set ({path})")
     if accuracy < config.min_teacher_accuracy:
         raise InputError(
             f"min_teacher_accuracy: the teacher '{path}' reaches {accuracy:.4f} on the test set, "
@@ -278,12 +303,12 @@ def obtain_teacher(config, dataset, console):
         **{
             **result,
             "method": "teacher",
-            "model": model.name,
+            "model": name,
             "dataset": dataset.name,
             "parameters": parameters,
             "test_accuracy": accuracy,
-            "latency_ms": evaluation.latency_ms(model),
-            "weight_bytes": evaluation.weight_bytes(model),
+            "latency_ms": latency_ms,
+            "weight_bytes": weight_bytes,
         }
     )
     return Teacher(model, classes, result)

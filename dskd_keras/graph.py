@@ -26,20 +26,20 @@ def check_classifier(role, model):
     if len(outputs) != 1 or len(outputs[0].shape) != 2 or outputs[0].shape[-1] is None:
         shapes = ", ".join(str(tuple(output.shape)) for output in outputs)
         raise InputError(f"{role} should give logits [B, C] alone. It gives {shapes}.")
-    producer = _producer(outputs[0])
-    while isinstance(producer, keras.Model):
-        producer = _producer(producer.outputs[0])
-    activation = getattr(getattr(producer, "activation", None), "__name__", "")
-    if isinstance(producer, keras.layers.Softmax):
+    last = producer(outputs[0])
+    while isinstance(last, keras.Model):
+        last = producer(last.outputs[0])
+    activation = getattr(getattr(last, "activation", None), "__name__", "")
+    if isinstance(last, keras.layers.Softmax):
         raise InputError(
-            f"{role} ends in a softmax (layer '{producer.name}'), where logits are expected. Take "
+            f"{role} ends in a softmax (layer '{last.name}'), where logits are expected. Take "
             f"the layer off: {role} = keras.Model({role}.input, "
-            f"{role}.get_layer('{producer.name}').input)."
+            f"{role}.get_layer('{last.name}').input)."
         )
     if activation in ("softmax", "log_softmax", "sigmoid"):
         raise InputError(
-            f"{role} ends in a {activation} (layer '{producer.name}'), where logits are expected. "
-            f"Make it linear: {role}.get_layer('{producer.name}').activation = "
+            f"{role} ends in a {activation} (layer '{last.name}'), where logits are expected. "
+            f"Make it linear: {role}.get_layer('{last.name}').activation = "
             "keras.activations.linear."
         )
 
@@ -93,9 +93,14 @@ def layer_names(model):
     names = []
     for layer in model.layers:
         names.append(layer.name)
-        if _has_graph(layer):
+        if has_graph(layer):
             names += [f"{layer.name}/{name}" for name in layer_names(layer)]
     return names
+
+
+def has_graph(layer):
+    """Returns whether a layer is a model whose own layers can be seen."""
+    return isinstance(layer, keras.Model) and bool(getattr(layer, "outputs", None))
 
 
 def tap(field, model, names):
@@ -134,14 +139,14 @@ def last_feature_map(model):
     Raises:
         InputError: It has no fixed size, or there is nothing between the input and the logits.
     """
-    tensors = _backwards(model.outputs[0])
+    tensors = backwards(model.outputs[0])
     for tensor in tensors[1:]:
         positions = [size for size in _positions(tensor) if size != 1]
-        if positions and not isinstance(_producer(tensor), keras.layers.InputLayer):
+        if positions and not isinstance(producer(tensor), keras.layers.InputLayer):
             break
     else:
         tensor = tensors[min(1, len(tensors) - 1)]
-    return _check_feature_map("teacher_layer", _producer(tensor).name, [tensor])
+    return _check_feature_map("teacher_layer", producer(tensor).name, [tensor])
 
 
 def channels_last(tensor):
@@ -160,26 +165,22 @@ def _data_format(tensor):
     """The layout of a map. Many layers have none of their own (a ReLU): it is that of the nearest
     convolution or pooling before it."""
     rank = len(tensor.shape)
-    for earlier in _backwards(tensor):
+    for earlier in backwards(tensor):
         if len(earlier.shape) != rank:
             break  # a reshape stands between: the layout on its other side says nothing here
-        producer = _producer(earlier)
-        if isinstance(producer, keras.layers.Permute) and tuple(producer.dims) in _LAYOUTS:
-            return _LAYOUTS[tuple(producer.dims)]
-        data_format = getattr(producer, "data_format", None)
+        layer = producer(earlier)
+        if isinstance(layer, keras.layers.Permute) and tuple(layer.dims) in _LAYOUTS:
+            return _LAYOUTS[tuple(layer.dims)]
+        data_format = getattr(layer, "data_format", None)
         if data_format in ("channels_first", "channels_last"):
             return data_format
     return keras.config.image_data_format() if rank == 4 else "channels_last"
 
 
-def _has_graph(layer):
-    return isinstance(layer, keras.Model) and bool(getattr(layer, "outputs", None))
-
-
 # Keras has no public way to walk a graph tensor by tensor. `layer.output`, the public one for a
 # single layer, fails as soon as a layer was called in a second graph, which opening a nested model
 # does; `model.inputs` is flat, where the caller's may be a dict. All that is private stands in the
-# next three functions.
+# next five functions.
 
 
 def input_structure(model):
@@ -188,18 +189,31 @@ def input_structure(model):
     return inputs[0] if isinstance(inputs, (list, tuple)) and len(inputs) == 1 else inputs
 
 
-def _producer(tensor):
+def output_structure(model):
+    """Returns a model's symbolic outputs in the structure that it returns."""
+    return getattr(model, "_outputs_struct", model.outputs[0])
+
+
+def producer(tensor):
+    """Returns the layer or operation that computes a symbolic tensor."""
     return tensor._keras_history.operation
 
 
-def _producer_inputs(tensor):
+def call_of(tensor):
+    """Returns `(inputs, arguments)` of the call that computed a symbolic tensor: the tensors that
+    went in, and the keyword arguments, a dict."""
     history = tensor._keras_history
-    return history.operation._inbound_nodes[history.node_index].input_tensors
+    node = history.operation._inbound_nodes[history.node_index]
+    return node.input_tensors, node.arguments.kwargs
 
 
-def _backwards(tensor):
-    """Returns the tensors from which `tensor` is computed, itself first, nearest first."""
-    order, seen = [tensor], {id(tensor)}
+def _producer_inputs(tensor):
+    return call_of(tensor)[0]
+
+
+def backwards(*tensors):
+    """Returns the tensors from which some are computed, themselves first, nearest first."""
+    order, seen = [*tensors], {id(tensor) for tensor in tensors}
     for current in order:  # grows while it is walked: breadth first
         for earlier in _producer_inputs(current):
             if id(earlier) not in seen:
@@ -210,8 +224,8 @@ def _backwards(tensor):
 
 def _outputs_by_layer(model):
     found = {}
-    for tensor in _backwards(model.outputs[0]):
-        found.setdefault(_producer(tensor).name, []).append(tensor)
+    for tensor in backwards(model.outputs[0]):
+        found.setdefault(producer(tensor).name, []).append(tensor)
     return found
 
 
@@ -254,7 +268,7 @@ def _check_feature_map(field, name, tensors):
         )
     tensor = tensors[0]
     shape = tuple(tensor.shape)
-    if isinstance(_producer(tensor), keras.layers.InputLayer):
+    if isinstance(producer(tensor), keras.layers.InputLayer):
         raise InputError(f"{field}: layer '{name}' has no usable feature map: it is the input.")
     if len(shape) not in (2, 3, 4) or None in shape[1:] or "float" not in tensor.dtype:
         raise InputError(

@@ -15,6 +15,10 @@ _NO_NUMBERS = (
 )  # fmt: skip
 
 
+# What a run did that was made before a field was there.
+_BEFORE = {"dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32"}
+
+
 def finished_result(config, folder):
     """Returns the `report.RunResult` of a finished run, None where there is none.
 
@@ -55,7 +59,7 @@ def check_configuration(config, folder, may_differ):
         known = None
     if not isinstance(known, dict):
         raise InputError(f"run_dir: '{folder}/config.yaml' is damaged. Choose another --run_dir.")
-    known, wanted = _flat(known), _flat(dataclasses.asdict(config))
+    known, wanted = _BEFORE | _flat(known), _flat(dataclasses.asdict(config))
     differences = [
         f"{field}: {known.get(field)!r} there, {wanted[field]!r} here"
         for field in wanted

@@ -39,10 +39,10 @@ class FrozenTeacher:
                 tensor = graph.last_feature_map(model)
             else:
                 opened, (tensor,) = graph.tap("teacher_layer", model, [layer])
-            outputs["features"] = graph.channels_last(tensor)
+            outputs["features"] = _single_precision(graph.channels_last(tensor))
             self.feature_shape = tuple(outputs["features"].shape[1:])
         if predictions:
-            outputs["logits"] = opened.outputs[0]
+            outputs["logits"] = _single_precision(opened.outputs[0])
         self._graph = keras.Model(
             graph.input_structure(opened), outputs, name=f"{model.name}_frozen"
         )
@@ -58,8 +58,8 @@ class FrozenTeacher:
                 a JAX training step).
 
         Returns:
-            A dict of what was asked for: `"logits"` `[B, C]`, `"features"` `[B, H, W, D]`,
-            `[B, T, D]` or `[B, D]`.
+            A dict of what was asked for, in float32 (or float64) whatever the teacher's precision
+            is: `"logits"` `[B, C]`, `"features"` `[B, H, W, D]`, `[B, T, D]` or `[B, D]`.
         """
         if variables is None:
             return self._graph(x, training=False)
@@ -69,3 +69,8 @@ class FrozenTeacher:
     def predict(self, x, batch_size=None, verbose=0):
         """Returns the same dict for all of `x`, computed in batches, as NumPy arrays."""
         return self._graph.predict(x, batch_size=batch_size, verbose=verbose)
+
+
+def _single_precision(tensor):
+    half = tensor.dtype in ("float16", "bfloat16")
+    return keras.ops.cast(tensor, "float32") if half else tensor

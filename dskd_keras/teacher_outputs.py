@@ -128,7 +128,7 @@ def key(teacher, layer, dataset, augmentation):
     """
     digest = hashlib.blake2b(digest_size=6)
     for weight in teacher.get_weights():
-        digest.update(np.ascontiguousarray(weight))
+        digest.update(weight.tobytes())  # an array in bfloat16 has no buffer to be read
     for part in (teacher.name, layer, dataset.fingerprint(), augmentation):
         digest.update(repr(part).encode())
     return digest.hexdigest()

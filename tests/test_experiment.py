@@ -15,7 +15,7 @@ import yaml
 
 import dskd_keras
 import train
-from dskd_keras import artifacts, evaluation, experiment, models, training
+from dskd_keras import InputError, artifacts, data, evaluation, experiment, models, training
 from dskd_keras.config import ExperimentConfig
 from dskd_keras.report import RunResult, results_table
 
@@ -280,6 +280,31 @@ def test_a_weak_teacher_is_refused_before_the_student_trains(finished, images, t
     assert [path.read_bytes() for path in teachers.glob("*.keras")] == before
 
 
+def test_the_teacher_is_folded_before_it_teaches(finished, images):
+    dataset = data.load(str(images))
+    teacher = models.create("resnet8", 3, (8, 8, 3))
+    folded = experiment.ready_to_teach(config(), teacher)
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in folded.layers)
+    assert experiment.ready_to_teach(config(fold_teacher=False), teacher) is teacher
+    # A convolution whose own output is to teach stays what it is.
+    kept = experiment.ready_to_teach(config(teacher_layer="stem_conv"), teacher)
+    assert kept.get_layer("stem_conv").bias is None and kept.get_layer("stem_bn").gamma is not None
+    half = experiment.ready_to_teach(config(teacher_dtype="bfloat16"), teacher)
+    assert half.get_layer("stem_bn").compute_dtype == "bfloat16"
+    teacher.get_layer("stem_bn").gamma.assign(np.full(16, 1e8, "float32"))
+    with pytest.raises(InputError, match=r"^teacher_dtype: weight 'stem_bn/kernel'.*float16\.$"):
+        experiment.ready_to_teach(config(teacher_dtype="float16"), teacher)
+    # The student has its precision, the teacher that is trained for it has float32.
+    mixed = config(dtype_policy="mixed_bfloat16")
+    student = experiment.create_student(mixed, dataset)
+    assert student.get_layer("stem_conv").compute_dtype == "bfloat16"
+    assert experiment.create_teacher(mixed, dataset).compute_dtype == "float32"
+    assert keras.config.dtype_policy().name == "float32"
+    # Reported is the model as it was trained.
+    metrics = json.loads((finished / "run/dskd/seed-0/metrics.json").read_text())
+    assert metrics["teacher"]["parameters"] == metrics["parameters"]
+
+
 def flip_a_byte(source, target):
     """Copies a .keras file with one bit of its weights changed."""
     with zipfile.ZipFile(source) as archive:
@@ -363,6 +388,16 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
         (["--student_layers", "stage5"], "student_layers: unknown name 'stage5'. Did you mean"),
         (["--student_layers", "images"], "layer 'images' has no usable feature map"),
         (["--teacher_layer", "stage"], "teacher_layer: unknown name 'stage'. Did you mean"),
+        (["--teacher_dtype", "int8"], "teacher_dtype: unknown name 'int8'. Choices: float32"),
+        (
+            ["--teacher_dtype", "bfloat16", "--fold_teacher", "false"],
+            "teacher_dtype: bfloat16, but fold_teacher is false",
+        ),
+        (["--dtype_policy", "float16"], "dtype_policy: unknown name 'float16'. Did you mean"),
+        (
+            ["--dtype_policy", "mixed_bfloat16", "--export", "onnx"],
+            "export: onnx, but dtype_policy is mixed_bfloat16",
+        ),
         (["--dataset", "digitz"], "digits"),
         (["--dataset", "./nothing.npz"], "nothing.npz"),
         (["--train_examples", "1000"], "train_examples"),

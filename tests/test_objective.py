@@ -101,22 +101,49 @@ def reference(label, teacher, outputs, weight, tau, weighting):
 @pytest.mark.parametrize("tau", [1.0, 4.0])
 @pytest.mark.parametrize("weighting", dskd_keras.weighting.names())
 def test_loss_logs_and_gradients_equal_an_independent_computation(weighting, tau, weighted):
+    check_step(weighting, tau, weighted, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [("float32", 2e-4, 2e-6), ("bfloat16", 5e-2, 5e-3)]
+)
+def test_with_a_folded_teacher_they_are_those_of_the_plain_one(dtype, rtol, atol):
+    def folded(teacher):
+        return dskd_keras.fold_batch_norm(teacher, dtype)
+
+    check_step("proportional", 4.0, True, rtol, atol, folded)
+
+
+def check_step(weighting, tau, weighted, rtol, atol, prepare=lambda teacher: teacher):
     teacher = small.convnet("teacher", width=5)
+    # A batch normalisation that has seen something.
+    for stage in ("stage1_bn", "stage2_bn"):
+        norm = teacher.get_layer(stage)
+        width = norm.gamma.shape[0]
+        norm.moving_mean.assign(np.linspace(-0.2, 0.3, width))
+        norm.moving_variance.assign(np.linspace(0.5, 2.0, width))
+        norm.gamma.assign(np.linspace(0.7, 1.4, width))
     student = small.convnet("student", batch_norm=False)
+    # Larger logits, so that the terms differ from each other and from uniform.
+    teacher.get_layer("logits").kernel.assign(teacher.get_layer("logits").kernel * 9.0)
     distiller = dskd_keras.Distiller(
-        teacher, student, LAYERS, temperature=tau, weighting=weighting, **WEIGHTS
+        prepare(teacher), student, LAYERS, temperature=tau, weighting=weighting, **WEIGHTS
     )
     # Momentum-free SGD at rate 1 makes the change of a weight the negative gradient.
     distiller.compile(keras.optimizers.SGD(1.0), loss=small.crossentropy())
     x, y = small.images(6)
-    # Larger logits, so that the terms differ from each other and from uniform.
-    teacher.get_layer("logits").kernel.assign(teacher.get_layer("logits").kernel * 9.0)
     weight = np.linspace(0.0, 2.0, 6).astype("float32") if weighted else None
 
     outputs = distiller(x, training=True)
     expected, logs, gradients = reference(
         y,
-        distiller.teacher(x),
+        keras.Model(
+            teacher.input,
+            {
+                "logits": teacher.get_layer("logits").output,
+                "features": teacher.get_layer("stage2").output,
+            },
+        )(x, training=False),
         outputs,
         np.ones(6) if weight is None else weight.astype("float64"),
         tau,
@@ -141,7 +168,7 @@ def test_loss_logs_and_gradients_equal_an_independent_computation(weighting, tau
         for name, layer in watched.items()
     }
 
-    close = {"rtol": 2e-4, "atol": 2e-6}
+    close = {"rtol": rtol, "atol": atol}
     np.testing.assert_allclose(result["loss"], expected, **close)
     assert set(logs) == set(result) - {"loss"}
     for name, value in logs.items():

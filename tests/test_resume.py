@@ -202,6 +202,34 @@ def test_a_signal_stops_after_the_step_and_loses_none(
     assert outcome(folder) == finished[1]
 
 
+def test_half_precision_goes_on_to_the_same_bits(begun, images, monkeypatch, tmp_path_factory):
+    # float16 has the scale of the loss to remember, which grows and shrinks with the steps.
+    precision = ["--dtype_policy", "mixed_float16", "--teacher_dtype", "bfloat16"]
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(begun / "teachers", whole / "teachers")
+    assert command(images, whole, *precision) == 0
+    with monkeypatch.context() as patched:
+        after_steps(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert command(images, begun, *precision) == 128 + signal.SIGTERM
+    assert command(images, begun, *precision, "--resume") == 0
+    expected = outcome(whole)
+    assert outcome(begun) == expected
+    # The losses were float32's: each differs from its rounding to half precision.
+    losses = np.genfromtxt(whole / "run/dskd/seed-0/history.csv", delimiter=",", names=True)["loss"]
+    assert np.isfinite(losses).all() and (losses != losses.astype("float16")).all()
+
+
+def test_a_run_of_a_time_before_folding_is_not_taken_for_another(stopped, images, capsys):
+    config = stopped / "config.yaml"
+    fields = ("fold_teacher", "teacher_dtype", "dtype_policy")
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith(fields)))
+    folder = stopped.parents[2]
+    assert command(images, folder, "--resume") == 2
+    assert "(fold_teacher: False there, True here)" in capsys.readouterr().err
+    assert command(images, folder, "--resume", "--fold_teacher", "false") == 0
+
+
 def test_two_signals_stop_at_once(begun, images, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

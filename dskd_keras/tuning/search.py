@@ -335,7 +335,7 @@ def _teacher(search, dataset):
     with artifacts.locked("run_dir", place, waiting):
         if (place / "metrics.json").is_file():
             model, _, _ = experiment.load_teacher(config.experiment(), dataset, console)
-            return model
+            return experiment.ready_to_teach(config, model)
         teacher = experiment.obtain_teacher(config.experiment(), dataset, console)
         text = json.dumps(dataclasses.asdict(teacher.result), indent=1) + "\n"
         artifacts.write_text(place / "metrics.json", text)

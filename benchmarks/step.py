@@ -1,0 +1,257 @@
+"""What a distillation step costs, and what it is made of.
+
+    python -m benchmarks.step --pair resnet56_resnet20 --backend tensorflow
+
+Times, in one process and in turn: the student alone, the student with its heads on fixed targets,
+the teacher alone, DSKD, KD, `keras.distillation.Distiller` with the same kinds of losses, and a
+plain PyTorch loop of the same pair. The images are random, which costs the same.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonargparse
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import timing
+
+# What is timed, by name: a method of `contenders.Pair` and its arguments. "half" is the dtype of
+# the command line.
+_CONTENDERS = {
+    "student alone": ("student_alone", {}),
+    "student with heads, fixed targets": ("student_with_heads", {}),
+    "teacher": ("frozen_teacher", {}),
+    "teacher, folded": ("frozen_teacher", {"dtype": "float32"}),
+    "teacher, folded, {half}": ("frozen_teacher", {"dtype": "{half}"}),
+    "DSKD, plain teacher": ("dskd", {"dtype": None}),
+    "DSKD": ("dskd", {}),
+    "DSKD, {half} teacher": ("dskd", {"dtype": "{half}"}),
+    "KD": ("kd", {}),
+    "keras.distillation": ("keras_distillation", {}),
+    "keras.distillation, folded": ("keras_distillation", {"dtype": "float32"}),
+    "keras.distillation, folded, {half}": ("keras_distillation", {"dtype": "{half}"}),
+    "input: augmented batches": ("augmented_batches", {}),
+    "PyTorch loop": ("torch_loop", {}),
+    "PyTorch loop, folded": ("torch_loop", {"dtype": "float32"}),
+    "PyTorch loop, folded, {half}": ("torch_loop", {"dtype": "{half}"}),
+}
+
+# What is said of them: a name, what is above the line, what is below it.
+_RATIOS = [
+    (
+        "DSKD / (student with heads on fixed targets + folded teacher)",
+        ["DSKD"],
+        ["student with heads, fixed targets", "teacher, folded"],
+    ),
+    ("heads: student with heads / student", ["student with heads, fixed targets"],
+     ["student alone"]),
+    ("DSKD / input", ["DSKD"], ["input: augmented batches"]),
+    ("folded / plain teacher", ["teacher, folded"], ["teacher"]),
+    ("folded {half} / plain teacher", ["teacher, folded, {half}"], ["teacher"]),
+    ("DSKD: folded / plain teacher", ["DSKD"], ["DSKD, plain teacher"]),
+    ("DSKD: {half} / float32 teacher", ["DSKD, {half} teacher"], ["DSKD"]),
+    ("keras.distillation / DSKD", ["keras.distillation"], ["DSKD"]),
+    ("PyTorch loop / DSKD", ["PyTorch loop"], ["DSKD"]),
+    ("with our folded teacher: keras.distillation / DSKD", ["keras.distillation, folded"],
+     ["DSKD"]),
+    ("with a folded teacher: PyTorch loop / DSKD", ["PyTorch loop, folded"], ["DSKD"]),
+    ("with our folded {half} teacher: keras.distillation / DSKD",
+     ["keras.distillation, folded, {half}"], ["DSKD, {half} teacher"]),
+    ("with a folded {half} teacher: PyTorch loop / DSKD", ["PyTorch loop, folded, {half}"],
+     ["DSKD, {half} teacher"]),
+]  # fmt: skip
+
+
+def main(
+    pair: str = "resnet56_resnet20",
+    backend: str | None = None,
+    data_format: str | None = None,
+    batch_size: int = 64,
+    half: str = "bfloat16",
+    rounds: int = 7,
+    steps: int = 4,
+    memory: bool = True,
+    peers: bool = True,
+    only: list[str] | None = None,
+    json_file: str | None = None,
+):
+    """Times the parts of a distillation step, and the peers.
+
+    Args:
+        pair: A file of configs/.
+        backend: tensorflow, jax or torch. Default: KERAS_BACKEND.
+        data_format: channels_last or channels_first. Default: Keras's setting.
+        batch_size: Images a step.
+        half: The lower precision of the teacher: bfloat16 or float16.
+        rounds: How often each is timed.
+        steps: Steps each time.
+        memory: Also run each in a process of its own and measure its peak memory.
+        peers: Also time keras.distillation and PyTorch.
+        only: Names of what to time. Default: all.
+        json_file: Where to write the results too.
+    """
+    if backend is not None:
+        os.environ["KERAS_BACKEND"] = backend
+    timing.environment_of_train()
+    # Keras reads its backend when it is imported.
+    import keras
+
+    from benchmarks.contenders import Pair
+    from dskd_keras.command_line import parse
+    from dskd_keras.config import ExperimentConfig
+
+    if data_format is not None:
+        keras.config.set_image_data_format(data_format)
+    console = Console(width=120)
+    configs = Path(__file__).parent.parent / "configs"
+    arguments = ["--pair", pair, "--batch_size", str(batch_size)]
+    config = parse(ExperimentConfig, arguments, configs, "benchmarks.step")
+    built = Pair(config)
+    contenders = {}
+    for template, (method, settings) in _CONTENDERS.items():
+        name = template.format(half=half)
+        if only is not None and name not in only:
+            continue
+        if only is None and not _fits(name, built, peers):
+            continue
+        settings = {key: value and value.format(half=half) for key, value in settings.items()}
+        contenders[name] = getattr(built, method)(**settings)
+    # Keras imports TensorFlow on all backends once something is deserialised; that is over by now.
+    before = timing.memory("VmRSS")
+    seconds = timing.in_turn(contenders, rounds, steps, lambda line: print(line, flush=True))
+    result = {
+        "pair": pair,
+        "backend": keras.backend.backend(),
+        "data_format": keras.config.image_data_format(),
+        "device": _device(),
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "steps": steps,
+        **timing.machine(),
+        "contenders": {
+            name: {
+                "milliseconds": timing.milliseconds(values),
+                "images_per_second": 1000 * batch_size / timing.milliseconds(values),
+                "all_milliseconds": [1000 * value for value in values],
+            }
+            for name, values in seconds.items()
+        },
+        "ratios": {},
+    }
+    for name, above, below in _RATIOS:
+        above, below = ([each.format(half=half) for each in names] for names in (above, below))
+        value = timing.ratio(seconds, above, below)
+        if value is not None:
+            result["ratios"][name.format(half=half)] = value
+    if only is not None:
+        result["peak_memory_mib"] = _device_peak() or timing.memory("VmHWM") - before
+    elif memory:
+        for name in contenders:
+            result["contenders"][name]["peak_memory_mib"] = _memory_of(
+                name, pair, batch_size, half, data_format
+            )
+    console.print(_contenders_table(result))
+    console.print(_ratios_table(result))
+    timing.write_json(json_file, result)
+
+
+def _fits(name, built, peers):
+    """Whether a peer can be timed on this pair."""
+    if name.startswith("keras.distillation"):
+        return peers and built.can_use_keras_distillation()
+    if name.startswith("PyTorch"):
+        try:
+            from benchmarks import torch_loop
+        except ModuleNotFoundError:
+            return False
+        return peers and all(
+            torch_loop.can_build(model) for model in (built.config.teacher, built.config.student)
+        )
+    return True
+
+
+def _memory_of(name, pair, batch_size, half, data_format):
+    """Returns the peak memory of a contender, alone in a process, beyond the libraries': MiB."""
+    file = Path(f"{os.environ.get('TMPDIR', '/tmp')}/step-{os.getpid()}.json")
+    command = [
+        sys.executable, "-m", "benchmarks.step", "--pair", pair, "--batch_size", str(batch_size),
+        "--half", half, "--rounds", "1", "--steps", "4", "--only", json.dumps([name]),
+        "--json_file", str(file),
+    ]  # fmt: skip
+    if data_format is not None:
+        command += ["--data_format", data_format]
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return json.loads(file.read_text())["peak_memory_mib"]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _device():
+    """Returns the accelerator's name, "cpu" where there is none."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        found = tf.config.list_physical_devices("GPU")
+        return (
+            tf.config.experimental.get_device_details(found[0])["device_name"] if found else "cpu"
+        )
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _device_peak():
+    """Returns the accelerator's peak memory in MiB, None where there is none."""
+    import keras
+
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        peak = sys.modules["torch"].cuda.max_memory_allocated()
+        if peak:
+            return peak / 2**20
+    if keras.backend.backend() == "jax":
+        import jax
+
+        stats = jax.devices()[0].memory_stats()
+        return stats and stats["peak_bytes_in_use"] / 2**20
+    return None
+
+
+def _contenders_table(result):
+    table = Table(title=f"{result['pair']}, batch {result['batch_size']}, {result['backend']}, "
+                        f"{result['device']}")  # fmt: skip
+    table.add_column("what")
+    for column in ("ms a step", "images/s", "peak memory, MiB"):
+        table.add_column(column, justify="right")
+    for name, values in result["contenders"].items():
+        peak = values.get("peak_memory_mib")
+        table.add_row(
+            name,
+            f"{values['milliseconds']:.1f}",
+            f"{values['images_per_second']:,.0f}",
+            "–" if peak is None else f"{peak:,.0f}",
+        )
+    return table
+
+
+def _ratios_table(result):
+    table = Table("ratio", title="Medians over the rounds, quartiles in brackets")
+    table.add_column("", justify="right")
+    for name, value in result["ratios"].items():
+        low, high = value["quartiles"]
+        table.add_row(name, f"{value['median']:.2f} ({low:.2f}–{high:.2f})")
+    return table
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(main)

@@ -1,0 +1,107 @@
+"""Timing of several things in one process, in turn, so that all of them see the same machine."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+
+def environment_of_train():
+    """Sets what `train.py` sets before TensorFlow is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+
+def in_turn(contenders, rounds, steps, say):
+    """Times contenders again and again, one after the other.
+
+    A machine that others use too is faster in one minute than in the next. Figures of one round lie
+    close together in time, so quotients are taken within a round.
+
+    Args:
+        contenders: Functions by name: given a number of steps they return the seconds of one.
+        rounds: How often each is timed.
+        steps: Steps each time.
+        say: Called with a line of text now and then.
+
+    Returns:
+        Seconds a step, a list of one value a round, by name.
+    """
+    for name, run in contenders.items():
+        say(f"warming up: {name}")
+        run(2)
+    seconds = {name: [] for name in contenders}
+    for round in range(rounds):
+        for name, run in contenders.items():
+            seconds[name].append(run(steps))
+        latest = ", ".join(f"{name} {1000 * s[-1]:.1f}" for name, s in seconds.items())
+        say(f"round {round + 1} of {rounds}, ms a step: {latest}")
+    return seconds
+
+
+def ratio(seconds, above, below):
+    """Returns the median over the rounds of `Σ above / Σ below`, and its quartiles.
+
+    Args:
+        seconds: What `in_turn` returned.
+        above: Names.
+        below: Names.
+
+    Returns:
+        `{"median": …, "quartiles": [low, high]}`, or None where a name was not timed.
+    """
+    if not {*above, *below} <= seconds.keys():
+        return None
+    values = sum(np.array(seconds[name]) for name in above) / sum(
+        np.array(seconds[name]) for name in below
+    )
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "quartiles": [float(low), float(high)]}
+
+
+def milliseconds(seconds):
+    """Returns the median over the rounds in milliseconds."""
+    return 1000 * statistics.median(seconds)
+
+
+def memory(kind):
+    """Returns this process's resident memory (`"VmRSS"`) or its peak so far (`"VmHWM"`), in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {kind}")
+
+
+def machine():
+    """Returns the processor, what it has for half precision, the accelerator and the versions."""
+    cpu, flags = platform.processor(), set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+        if line.startswith("flags"):
+            flags = set(line.split(":", 1)[1].split())
+    versions = {}
+    for package in ("keras", "tensorflow", "jax", "torch", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "vector instructions": sorted(
+            flags & {"avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16"}
+        ),
+        "versions": versions,
+    }
+
+
+def write_json(path, result):
+    """Writes a result to a file, if one is asked for."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")

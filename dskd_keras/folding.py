@@ -1,0 +1,236 @@
+"""Batch normalisation folded into the layers before it: the same function, fewer operations."""
+
+import keras
+import numpy as np
+from keras import layers
+
+from dskd_keras import graph
+from dskd_keras.errors import InputError, unknown_name
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The layers that take a batch normalisation in: the weight that is scaled, and its axis (or, of a
+# depthwise kernel, axes) of output channels.
+_SCALED = {
+    layers.Dense: ("kernel", (-1,)),
+    layers.Conv1D: ("kernel", (-1,)),
+    layers.Conv2D: ("kernel", (-1,)),
+    layers.Conv3D: ("kernel", (-1,)),
+    layers.Conv1DTranspose: ("kernel", (-2,)),
+    layers.Conv2DTranspose: ("kernel", (-2,)),
+    layers.Conv3DTranspose: ("kernel", (-2,)),
+    layers.DepthwiseConv1D: ("kernel", (-2, -1)),
+    layers.DepthwiseConv2D: ("kernel", (-2, -1)),
+    layers.SeparableConv1D: ("pointwise_kernel", (-1,)),
+    layers.SeparableConv2D: ("pointwise_kernel", (-1,)),
+}
+
+# They shape the training, which is over, and would add losses to whatever takes the model in.
+_OF_TRAINING = ("regularizer", "constraint")
+
+
+def fold_batch_norm(model, dtype=None, keep=()):
+    """Returns a copy of a model for inference, its batch normalisations folded away.
+
+    In inference a batch normalisation is `γ (x − μ) / √(σ² + ε) + β` with constants, so where `x`
+    comes from a linear layer it can be a part of that layer's kernel and bias. This is done where a
+    convolution (transposed, depthwise and separable ones included) or a dense layer without an
+    activation feeds a batch normalisation over its channels and nothing else. The layer that does
+    the work of both has the name of the batch normalisation, because a feature map of that name is
+    the normalised one. What is shared, activated, quantised or used elsewhere stays as it is, and
+    so does a batch normalisation that was called with `training=True`. Nested models are folded
+    too.
+
+    Args:
+        model: A functional or Sequential model, which is not changed. The copy has weights of its
+            own: training `model` further does not reach it.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`: the precision of the copy's weights and
+            computations. What gives the model's outputs, and batch normalisations that stay, keep
+            float32. Defaults to that of `model`.
+        keep: Names of layers that have to be in the copy (`outer/inner` in nested models), such as
+            a convolution whose own output is wanted.
+
+    Returns:
+        A functional model of the same name, inputs and outputs, frozen (`trainable` is False).
+
+    Raises:
+        InputError: `model` has no graph of layers, `dtype` or a name in `keep` is unknown, or a
+            weight is too large for `dtype`.
+
+    Example:
+
+    ```python
+    teacher = dskd_keras.fold_batch_norm(teacher, dtype="bfloat16")
+    distiller = dskd_keras.Distiller(teacher, student, student_layers=["stage1", "stage2"])
+    ```
+    """
+    if not graph.has_graph(model):
+        raise InputError(
+            f"model: {type(model).__name__} has no graph of layers. Build it with the functional "
+            "API, or as a keras.Sequential that begins with keras.Input."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    known = graph.layer_names(model)
+    for name in keep:
+        if name not in known:
+            raise unknown_name("keep", name, known)
+    folded = _fold(model, dtype, keep, gives_outputs=True)
+    folded.trainable = False
+    return folded
+
+
+def _fold(model, dtype, keep, gives_outputs):
+    into = _foldable(model, keep)
+    norms = {id(norm): layer for layer, norm in into.values()}
+    last = [graph.producer(tensor) for tensor in model.outputs] if gives_outputs else []
+    copies = {}
+
+    def copy(layer):
+        if id(layer) not in copies:
+            copies[id(layer)] = make(layer)
+        return copies[id(layer)]
+
+    def make(layer):
+        if not isinstance(layer, layers.Layer):
+            return layer  # an operation has no weights
+        if id(layer) in norms:
+            return _PASS  # its work is done in the layer before it
+        is_last = any(layer is other for other in last)
+        if graph.has_graph(layer):
+            inner = [
+                name.removeprefix(f"{layer.name}/")
+                for name in keep
+                if name.startswith(f"{layer.name}/")
+            ]
+            return _fold(layer, dtype, inner, gives_outputs=is_last)
+        norm = None
+        if id(layer) in into:
+            _, norm = into[id(layer)]
+            is_last = any(norm is other for other in last)
+        return _copied(layer, norm, "float32" if dtype and is_last else dtype)
+
+    def call(layer, *args, **kwargs):
+        return args[0] if layer is _PASS else layer(*args, **kwargs)
+
+    # A Sequential is cloned without asking `call_function`; its functional twin is not.
+    functional = keras.Model(
+        graph.input_structure(model), graph.output_structure(model), name=model.name
+    )
+    folded = keras.models.clone_model(functional, clone_function=copy, call_function=call)
+    # Weights exist once the layers have been called.
+    with np.errstate(over="ignore"):  # looked for below
+        for layer in model.layers:
+            if id(layer) in into:
+                _set_folded(copies[id(layer)], layer, into[id(layer)][1])
+            elif id(layer) in copies and id(layer) not in norms and not graph.has_graph(layer):
+                copies[id(layer)].set_weights(layer.get_weights())
+    for weight in folded.weights if dtype else ():
+        if not np.isfinite(keras.ops.convert_to_numpy(weight).astype("float32")).all():
+            raise InputError(
+                f"dtype: weight '{weight.path}' of '{model.name}' is not finite in {dtype}."
+            )
+    return folded
+
+
+# Stands in for a batch normalisation that was folded.
+_PASS = object()
+
+
+def _foldable(model, keep):
+    """Returns `(layer, batch norm)` by the layer's id, for all pairs that can become one."""
+    tensors = graph.backwards(*model.outputs)
+    calls, uses = {}, {}
+    for tensor in tensors:
+        # All outputs of a call that has several count: such a layer is none of those looked for.
+        calls.setdefault(id(graph.producer(tensor)), []).append(tensor)
+        for used in graph.call_of(tensor)[0]:
+            uses[id(used)] = uses.get(id(used), 0) + 1
+    for tensor in model.outputs:
+        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    found = {}
+    for tensor in tensors:
+        norm, (inputs, arguments) = graph.producer(tensor), graph.call_of(tensor)
+        if type(norm) is not layers.BatchNormalization or len(inputs) != 1:
+            continue
+        layer = graph.producer(inputs[0])
+        if (
+            len(calls[id(norm)]) == len(calls[id(layer)]) == uses[id(inputs[0])] == 1
+            and not arguments.get("training")
+            and layer.name not in keep
+            and _is_linear(layer)
+            and norm.axis % len(tensor.shape) == _channel_axis(layer, tensor)
+            and not _bias_goes_astray(layer, tensor)
+        ):
+            found[id(layer)] = layer, norm
+    return found
+
+
+def _is_linear(layer):
+    return (
+        type(layer) in _SCALED
+        and layer.activation is keras.activations.linear
+        and getattr(layer, "quantization_mode", None) is None
+        and not getattr(layer, "lora_enabled", False)
+    )
+
+
+def _channel_axis(layer, tensor):
+    first = getattr(layer, "data_format", "channels_last") == "channels_first"
+    return 1 if first else len(tensor.shape) - 1
+
+
+def _bias_goes_astray(layer, tensor):
+    """Whether the bias would be added along the width: so does Keras 3.15 on TensorFlow in
+    channels-first maps that are as wide as they have channels, since its `ops.add` takes the last
+    axis for the channels'."""
+    return (
+        keras.backend.backend() == "tensorflow"
+        and len(tensor.shape) > 2
+        and _channel_axis(layer, tensor) == 1
+        and tensor.shape[-1] == tensor.shape[1]
+    )
+
+
+def _copied(layer, norm, dtype):
+    """Returns a new layer like `layer`, ready to be called; with the name of `norm`, if any."""
+    config = layer.get_config()
+    config.update({name: None for name in config if name.endswith(_OF_TRAINING)})
+    if norm is not None:
+        config.update(name=norm.name, use_bias=True)
+        # The weights are set in a moment; random ones would be drawn for nothing.
+        config.update({name: "zeros" for name in config if name.endswith("initializer")})
+    if dtype is not None and "dtype" in config and not isinstance(layer, layers.InputLayer):
+        # The statistics of a batch normalisation that stays are no matter for half precision.
+        half = isinstance(layer, layers.BatchNormalization) and dtype != "float32"
+        config["dtype"] = f"mixed_{dtype}" if half else dtype
+    return type(layer).from_config(config)
+
+
+def _set_folded(folded, layer, norm):
+    """Gives `folded` the weights that do the work of `layer` and `norm`, computed in float64."""
+
+    def values(variable, default):
+        if variable is None:
+            return default
+        return keras.ops.convert_to_numpy(variable).astype("float64")
+
+    scale = values(norm.gamma, 1.0) / np.sqrt(values(norm.moving_variance, None) + norm.epsilon)
+    bias = values(layer.bias, 0.0) if layer.use_bias else 0.0
+    folded.bias.assign(values(norm.beta, 0.0) + (bias - values(norm.moving_mean, None)) * scale)
+    for variable in layer.weights:
+        if variable is layer.bias:
+            continue
+        name = next(n for n in _KERNELS if getattr(layer, n, None) is variable)
+        value = values(variable, None)
+        scaled, axes = _SCALED[type(layer)]
+        if name == scaled:
+            shape = [1] * value.ndim
+            for axis in axes:
+                shape[axis] = value.shape[axis]
+            value = value * scale.reshape(shape)
+        getattr(folded, name).assign(value)
+
+
+_KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel")
