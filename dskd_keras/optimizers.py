@@ -1,5 +1,6 @@
 """Stochastic gradient descent as PyTorch computes it, which the published protocols assume."""
 
+import itertools
 import math
 from numbers import Real
 
@@ -128,6 +129,43 @@ class SGD(keras.optimizers.Optimizer):
             self.assign(momentum, buffer)
             step = step + self.momentum * buffer if self.nesterov else buffer
         self.assign(variable, value - learning_rate * step)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        # Keras's hook for a backend that can update all variables at once. Where it isn't called,
+        # `update_step` does the same, one variable after the other.
+        if keras.backend.backend() != "torch":
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            return
+        import torch
+
+        with torch.no_grad():
+            self._update_all(list(grads), trainable_variables, learning_rate)
+
+    def _update_all(self, steps, variables, learning_rate):
+        import torch
+
+        values = [variable.value for variable in variables]
+        decayed = [self._use_weight_decay(variable) for variable in variables]
+        if self.coupled_weight_decay and any(decayed):
+            of_decayed = iter(
+                torch._foreach_add(
+                    list(itertools.compress(steps, decayed)),
+                    list(itertools.compress(values, decayed)),
+                    alpha=self.coupled_weight_decay,
+                )
+            )
+            steps = [next(of_decayed) if d else s for s, d in zip(steps, decayed, strict=True)]
+        if self.momentum:
+            buffers = [self.momentums[self._get_variable_index(v)].value for v in variables]
+            torch._foreach_mul_(buffers, self.momentum)
+            torch._foreach_add_(buffers, steps)
+            steps = (
+                torch._foreach_add(steps, buffers, alpha=self.momentum)
+                if self.nesterov
+                else buffers
+            )
+        # As a tensor the rate stays on its device; the copies keep the momentum as it is.
+        torch._foreach_sub_(values, torch._foreach_mul(steps, learning_rate))
 
     def get_config(self):
         """Returns the arguments of the constructor as a serializable dictionary."""

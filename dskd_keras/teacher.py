@@ -3,6 +3,7 @@
 import keras
 
 from dskd_keras import graph
+from dskd_keras.tracing import Traced
 
 
 class FrozenTeacher:
@@ -46,6 +47,7 @@ class FrozenTeacher:
         self._graph = keras.Model(
             graph.input_structure(opened), outputs, name=f"{model.name}_frozen"
         )
+        self._traced = Traced(self._graph) if keras.backend.backend() == "torch" else None
         self.output_names = list(outputs)
         self.variables = self._graph.variables
 
@@ -61,6 +63,8 @@ class FrozenTeacher:
             A dict of what was asked for, in float32 (or float64) whatever the teacher's precision
             is: `"logits"` `[B, C]`, `"features"` `[B, H, W, D]`, `[B, T, D]` or `[B, D]`.
         """
+        if self._traced is not None:
+            return self._traced(x)
         if variables is None:
             return self._graph(x, training=False)
         outputs, _ = self._graph.stateless_call([], variables, x, training=False)

@@ -1,0 +1,106 @@
+import keras
+import numpy as np
+import pytest
+import small
+from keras import layers
+
+from dskd_keras import models, tracing
+from dskd_keras.folding import fold_batch_norm
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's alone")
+
+
+def tensor(*shape, seed=0):
+    x = np.random.default_rng(seed).standard_normal(shape).astype("float32")
+    return keras.ops.convert_to_tensor(x)
+
+
+def assert_same(traced, model, x):
+    for a, b in zip(
+        keras.tree.flatten(traced(x)), keras.tree.flatten(model(x, training=False)), strict=True
+    ):
+        np.testing.assert_allclose(small.values([a])[0], small.values([b])[0], rtol=1e-4, atol=1e-5)
+
+
+def made(traced):
+    """Which of the shapes seen have a trace."""
+    return [trace is not None for trace in traced._traces.values()]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_models_of_the_zoo(name, fold):
+    model = models.create(name, 10, (32, 32, 3))
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.moving_mean.assign(np.linspace(-0.1, 0.1, layer.moving_mean.shape[0]))
+    model = fold_batch_norm(model) if fold else model
+    traced = tracing.Traced(model)
+    # A data set's last batch is smaller.
+    for batch in (4, 3, 4):
+        assert_same(traced, model, tensor(batch, 32, 32, 3, seed=batch))
+    assert made(traced) == [True, True]
+    assert not keras.tree.flatten(traced(tensor(4, 32, 32, 3)))[0].requires_grad
+
+
+def test_a_change_of_the_weights_is_seen():
+    model = small.convnet("model")
+    traced, x = tracing.Traced(model), tensor(2, 8, 8, 2)
+    before = small.values([traced(x)])[0]
+    model.set_weights([weight + 0.1 for weight in model.get_weights()])
+    assert_same(traced, model, x)
+    assert np.abs(small.values([traced(x)])[0] - before).max() > 0.01
+
+
+class Branching(layers.Layer):
+    """Looks at its values."""
+
+    def call(self, x):
+        return x + 1.0 if float(keras.ops.mean(x)) > 0 else x
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+class Noisy(layers.Layer):
+    """Draws anew with every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x + keras.random.normal(x.shape, seed=self.generator)
+
+
+class InPlace(layers.Layer):
+    """Changes a copy that it made."""
+
+    def call(self, x):
+        if x.device.type == "meta":
+            return x
+        y = x.clone()
+        y.add_(1.0)
+        return y + x
+
+
+@pytest.mark.parametrize("layer, can_be", [(Branching, False), (Noisy, False), (InPlace, True)])
+def test_layers_that_do_other_things_give_what_they_give(layer, can_be):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layer()(layers.Dense(2)(inputs)))
+    traced = tracing.Traced(model)
+    if layer is Noisy:
+        outputs = [small.values([traced(tensor(2, 3))])[0] for _ in range(3)]
+        assert (outputs[0] != outputs[1]).all() and (outputs[1] != outputs[2]).all()
+    else:
+        for seed in range(4):
+            assert_same(traced, model, tensor(2, 3, seed=seed))
+    assert made(traced) == [can_be]
+
+
+def test_ever_new_shapes_are_not_traced_for_ever():
+    model = small.convnet("model")
+    traced = tracing.Traced(model)
+    for batch in range(1, 12):
+        assert_same(traced, model, tensor(batch, 8, 8, 2))
+    assert len(made(traced)) == tracing._SHAPES
