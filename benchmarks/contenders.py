@@ -196,9 +196,9 @@ def _compiled_call(frozen):
     if backend == "jax":
         import jax
 
-        values = [variable.value for variable in frozen.variables]
         run = jax.jit(lambda values, x: frozen(x, values))
-        return lambda x: run(values, x)
+        # Read every time: `fit` gives the buffers of a teacher away, and puts new ones back.
+        return lambda x: run([variable.value for variable in frozen.variables], x)
 
     def run(x):
         import torch

@@ -75,7 +75,6 @@ def main(
             built = Pair(varied, batches=4, **settings)
             contenders = {"DSKD": built.dskd(), "student alone": built.student_alone()}
             known[kind] = timing.in_turn(contenders, rounds, steps, lambda line: None)
-            keras.backend.clear_session()
         seconds = known[kind]
         batch = fields.get("batch_size", config.batch_size)
         rows.append(

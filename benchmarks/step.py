@@ -91,7 +91,7 @@ def main(
         steps: Steps each time.
         memory: Also run each in a process of its own and measure its peak memory.
         peers: Also time keras.distillation and PyTorch.
-        only: Names of what to time. Default: all.
+        only: Names of what to time, of one alone with its peak memory. Default: all.
         json_file: Where to write the results too.
     """
     if backend is not None:
@@ -147,9 +147,9 @@ def main(
         value = timing.ratio(seconds, above, below)
         if value is not None:
             result["ratios"][name.format(half=half)] = value
-    if only is not None:
+    if only is not None and len(only) == 1:
         result["peak_memory_mib"] = _device_peak() or timing.memory("VmHWM") - before
-    elif memory:
+    elif memory and only is None:
         for name in contenders:
             result["contenders"][name]["peak_memory_mib"] = _memory_of(
                 name, pair, batch_size, half, data_format
