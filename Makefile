@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# TensorFlow and JAX spend the tests on compiling, one thread each. PyTorch's threads would fight.
+# Mostly one thread each: compiling, many small models. PyTorch's threads would fight.
 PARALLEL := -n 2 --dist loadfile
 # Tests of like models compile the same programs.
 JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
@@ -23,7 +23,7 @@ test: .venv/ready
 	$(VENV)/ruff format --check .
 	KERAS_BACKEND=tensorflow $(VENV)/python -m pytest $(PARALLEL)
 	KERAS_BACKEND=jax $(JAX_CACHE) $(VENV)/python -m pytest $(PARALLEL)
-	KERAS_BACKEND=torch $(VENV)/python -m pytest
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(VENV)/python -m pytest $(PARALLEL)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

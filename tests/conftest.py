@@ -1,5 +1,25 @@
+import os
+
+# As train.py: the same kernels, and so the same bits, in this process and in those it starts.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
 import keras
 import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "once: no backend has a part in what is tested, and it takes long: run on PyTorch alone, "
+        "which compiles nothing",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if keras.backend.backend() != "torch":
+        for item in items:
+            if item.get_closest_marker("once"):
+                item.add_marker(pytest.mark.skip(reason="run on PyTorch alone"))
 
 
 @pytest.fixture(autouse=True)

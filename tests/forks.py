@@ -21,14 +21,6 @@ def before(owner, name, hook):
     setattr(owner, name, hooked)
 
 
-def run_eagerly():
-    """Lets TensorFlow compile nothing, if EAGERLY is set in the environment."""
-    if os.environ.get("EAGERLY"):
-        import tensorflow as tf
-
-        tf.config.run_functions_eagerly(True)
-
-
 def run(main):
     """Runs `main(moment, argv)` of the command line's moments, each in a process of its own.
 

@@ -1,7 +1,6 @@
 """Runs train.py and dies at given moments: `python killed_run.py MOMENT,… FLAG…`, for test_resume.
 
-Each moment has a process of its own (see forks.py). With EAGERLY=1 in the environment TensorFlow
-compiles nothing.
+Each moment has a process of its own (see forks.py).
 
 MOMENT is `PHASE:WHAT:STEPS`, with PHASE `teacher` or `student`, STEPS the number of training steps
 done by then, and WHAT one of
@@ -30,8 +29,6 @@ from forks import before, die
 
 import train
 from dskd_keras import artifacts, checkpoints, experiment
-
-forks.run_eagerly()
 
 moment = phase = None
 

@@ -1,7 +1,6 @@
 """Runs tune.py and dies at given moments: `python killed_search.py MOMENT,… FLAG…`, for test_tune.
 
-Each moment has a process of its own (see forks.py). With EAGERLY=1 in the environment TensorFlow
-compiles nothing.
+Each moment has a process of its own (see forks.py).
 
 MOMENT is `WHAT:N`, the N-th time in that process that
 
@@ -25,8 +24,6 @@ import forks
 import tune
 from dskd_keras import artifacts, checkpoints
 from dskd_keras.tuning import results, search, trials  # noqa: F401
-
-forks.run_eagerly()
 
 moment = None
 counts = collections.Counter()

@@ -11,9 +11,9 @@ from dskd_keras import models
 def test_ratios_are_taken_within_a_round():
     # The machine is twice as slow in the second round, and slower still in the third.
     seconds = {"a": [1.0, 2.0, 30.0], "b": [2.0, 4.0, 10.0], "c": [2.0, 4.0, 50.0]}
-    assert timing.ratio(seconds, ["a"], ["b", "c"]) == pytest.approx(
-        {"median": 0.25, "quartiles": [0.25, 0.375]}
-    )
+    ratio = timing.ratio(seconds, ["a"], ["b", "c"])
+    assert ratio["median"] == pytest.approx(0.25)
+    assert ratio["quartiles"] == pytest.approx([0.25, 0.375])
     assert timing.ratio(seconds, ["a"], ["d"]) is None
     assert timing.milliseconds(seconds["a"]) == 2000
 

@@ -21,8 +21,6 @@ from dskd_keras import checkpoints, training
 
 ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
-ON_TENSORFLOW = BACKEND == "tensorflow"
-ONLY_TENSORFLOW = pytest.mark.skipif(not ON_TENSORFLOW, reason="many processes, run on one")
 
 # In the order in which a run comes by. After each the run is started again with --resume.
 MOMENTS = [
@@ -33,13 +31,14 @@ MOMENTS = [
     "student:renamed:6", "student:step:7", "student:epoch:8", "student:step:11",
     "student:trained:0", "student:saved:0", "student:evaluated:0",
 ]  # fmt: skip
+# Where every process compiles its steps anew.
 FEWER_MOMENTS = ["teacher:step:3", "student:half:6", "student:step:7"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _eagerly():
     """TensorFlow would spend these tests on compiling."""
-    if ON_TENSORFLOW:
+    if BACKEND == "tensorflow":
         import tensorflow as tf
 
         tf.config.run_functions_eagerly(True)
@@ -72,13 +71,11 @@ def flags(images, folder, *more):
     ]  # fmt: skip
 
 
-def process(moments, images, folder, *more, eagerly=ON_TENSORFLOW):
+def process(moments, images, folder, *more):
     """Runs train.py in processes of their own, which die at their moments."""
-    # The bits depend on whether TensorFlow compiles.
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "EAGERLY": "1" if eagerly else ""}
     return subprocess.run(
         [sys.executable, ROOT / "tests" / "killed_run.py", moments, *flags(images, folder, *more)],
-        env=environment, capture_output=True, text=True, check=False,
+        env={**os.environ, "KERAS_BACKEND": BACKEND}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -108,20 +105,12 @@ def outcome(folder):
     }
 
 
-@pytest.mark.parametrize(
-    "moments, eagerly",
-    [
-        pytest.param(FEWER_MOMENTS, False, id="few moments"),
-        pytest.param(MOMENTS, True, id="many moments", marks=ONLY_TENSORFLOW),
-    ],
-)
-def test_killed_at_moments_of_all_kinds(images, tmp_path, moments, eagerly):
+def test_killed_at_moments_of_all_kinds(images, tmp_path):
+    moments = MOMENTS if BACKEND == "torch" else FEWER_MOMENTS
     # Nobody stops the first, and its checkpoints are at other steps.
-    done = process("none", images, tmp_path / "a", "--checkpoint_steps", 1000, eagerly=eagerly)
+    done = process("none", images, tmp_path / "a", "--checkpoint_steps", 1000)
     assert done.returncode == 0, done.stderr
-    done = process(
-        ",".join([*moments, "none"]), images, tmp_path / "b", "--resume", eagerly=eagerly
-    )
+    done = process(",".join([*moments, "none"]), images, tmp_path / "b", "--resume")
     assert done.stdout.strip().endswith(f"{len(moments)} killed, then none ended with 0"), done
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
     for left in ("checkpoints", "*.tmp*", "*.unfinished*", "student_interrupted.keras"):
@@ -219,6 +208,7 @@ def test_half_precision_goes_on_to_the_same_bits(begun, images, monkeypatch, tmp
     assert np.isfinite(losses).all() and (losses != losses.astype("float16")).all()
 
 
+@pytest.mark.once
 def test_a_run_of_a_time_before_folding_is_not_taken_for_another(stopped, images, capsys):
     config = stopped / "config.yaml"
     fields = ("fold_teacher", "teacher_dtype", "dtype_policy")
@@ -251,6 +241,7 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_a_damaged_checkpoint_is_passed_over(
     finished, stopped, images, monkeypatch, capsys, damage
@@ -287,6 +278,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(stopped, images, caps
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.once
 def test_without_resume_an_interrupted_run_is_set_aside(finished, stopped, images, capsys):
     assert command(images, stopped.parents[2]) == 0
     assert "An interrupted run was set aside" in capsys.readouterr().out
@@ -349,6 +341,7 @@ def test_another_process_in_the_same_folder(stopped, images, capsys):
     assert len(newest_first(stopped)) == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "moment, kept",
     [
@@ -368,6 +361,7 @@ def test_a_full_disk_loses_nothing(finished, begun, images, moment, kept):
     assert outcome(begun) == finished[1]
 
 
+@pytest.mark.once
 def test_a_real_full_disk_and_one_that_is_read_only(finished, begun, images, capsys):
     if shutil.which("mount") is None:
         pytest.skip("there is no command to mount a file system")
@@ -424,6 +418,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(begun, images, capsys):
     assert error.startswith("error: ") and "epoch 1, step" in error and "\n" not in error
 
 
+@pytest.mark.once
 def test_resume_begins_a_run_that_was_not_begun_and_keeps_a_finished_one(finished, images, capsys):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.keras")}

@@ -12,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import keras
 import pytest
 import yaml
 
@@ -26,25 +25,7 @@ FLAGS = [
     "--teacher", "resnet8", "--student", "resnet8", "--dataset", "digits", "--image_size", "8",
     "--train_examples", "100", "--epochs", "1", "--batch_size", "16",
 ]  # fmt: skip
-# On JAX a trial of any size is ten seconds of compiling. What depends on the backend is tested
-# there too; what KerasTuner, files and processes do is the same on all.
-not_on_jax = pytest.mark.skipif(
-    keras.backend.backend() == "jax", reason="compiling takes minutes, and nothing here is JAX's"
-)
 NO_STATISTICS = ("seconds", "peak_memory_mib")
-
-
-@pytest.fixture
-def eager():
-    """On TensorFlow compiling would be most of these trials."""
-    if keras.backend.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +74,9 @@ def parts(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "tuner",
-    [
-        "random",
-        pytest.param("bayesian", marks=not_on_jax),
-        pytest.param("hyperband", marks=not_on_jax),
-    ],
-)
-def test_six_trials(tuner, eager, teachers, tmp_path, capsys, parts):
+@pytest.mark.once
+@pytest.mark.parametrize("tuner", ["random", "bayesian", "hyperband"])
+def test_six_trials(tuner, teachers, tmp_path, capsys, parts):
     more = {
         "random": ["--cached_views", 2],
         "bayesian": ["--ranges.student_layers", "[[stage1], [stage1, stage2]]"],
@@ -151,7 +126,8 @@ def test_six_trials(tuner, eager, teachers, tmp_path, capsys, parts):
     assert (folder / "oracle.json").stat().st_mtime_ns == modified
 
 
-def test_a_promoted_trial_goes_on_where_the_shorter_one_ended(eager, teachers, tmp_path):
+@pytest.mark.once
+def test_a_promoted_trial_goes_on_where_the_shorter_one_ended(teachers, tmp_path):
     more = ("--tuner", "hyperband", "--max_trials", 4, "--trial_epochs", 3)
     assert tune.main(flags(tmp_path, teachers, *more)) == 0
     folder = tmp_path / "run" / "search"
@@ -176,9 +152,9 @@ def test_a_promoted_trial_goes_on_where_the_shorter_one_ended(eager, teachers, t
     assert history(tmp_path / "again" / "dskd") == history(longer)
 
 
-@not_on_jax
+@pytest.mark.once
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
-    eager, teachers, tmp_path, monkeypatch, capsys
+    teachers, tmp_path, monkeypatch, capsys
 ):
     assert tune.main(flags(tmp_path / "first", teachers, "--max_trials", 1)) == 0
     train_student, calls = training.train, []
@@ -204,10 +180,8 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
     assert "MemoryError" in (tmp_path / "run/search/trial_0002/error.txt").read_text()
 
 
-@not_on_jax
-def test_too_many_failures_end_the_search_in_one_line(
-    eager, teachers, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.once
+def test_too_many_failures_end_the_search_in_one_line(teachers, tmp_path, monkeypatch, capsys):
     assert tune.main(flags(tmp_path / "first", teachers, "--max_trials", 1)) == 0
 
     def fail(*_, **__):
@@ -221,8 +195,8 @@ def test_too_many_failures_end_the_search_in_one_line(
     assert len(trials(tmp_path)) == 2
 
 
-@not_on_jax
-def test_the_final_run_is_on_all_the_training_images(eager, teachers, tmp_path, capsys):
+@pytest.mark.once
+def test_the_final_run_is_on_all_the_training_images(teachers, tmp_path, capsys):
     more = ("--max_trials", 1, "--final", "--seeds", 0, 1, "--method", "kd")
     assert tune.main(flags(tmp_path, teachers, *more)) == 0
     said = capsys.readouterr().out
@@ -274,8 +248,8 @@ def test_bad_input_is_said_in_one_line_before_anything_trains(
     assert not (tmp_path / "run").exists()
 
 
-@not_on_jax
-def test_a_folder_belongs_to_one_search(eager, teachers, tmp_path, capsys, monkeypatch):
+@pytest.mark.once
+def test_a_folder_belongs_to_one_search(teachers, tmp_path, capsys, monkeypatch):
     assert tune.main(flags(tmp_path, teachers, "--max_trials", 1)) == 0
     capsys.readouterr()
     other = ("--max_trials", 1, "--ranges.temperature", 2, 3)
@@ -292,16 +266,16 @@ def test_a_folder_belongs_to_one_search(eager, teachers, tmp_path, capsys, monke
     assert (tmp_path / "run" / "search.unfinished-1" / "oracle.json").exists()
 
 
-@not_on_jax
-def test_a_teacher_below_the_bar_leaves_the_folder_free(eager, teachers, tmp_path, capsys):
+@pytest.mark.once
+def test_a_teacher_below_the_bar_leaves_the_folder_free(teachers, tmp_path, capsys):
     more = ("--max_trials", 1, "--min_teacher_accuracy")
     assert tune.main(flags(tmp_path, teachers, *more, 1.0)) == 2
     assert "min_teacher_accuracy: the teacher" in capsys.readouterr().err
     assert tune.main(flags(tmp_path, teachers, *more, 0.0)) == 0
 
 
-@not_on_jax
-def test_ctrl_c_leaves_what_resume_goes_on_from(eager, teachers, tmp_path, monkeypatch):
+@pytest.mark.once
+def test_ctrl_c_leaves_what_resume_goes_on_from(teachers, tmp_path, monkeypatch):
     train_student, calls = training.train, []
 
     def interrupt(*args, **kwargs):
@@ -329,17 +303,16 @@ def run(script, *argv, **environment):
     )
 
 
-@not_on_jax
+@pytest.mark.once
 def test_killed_at_any_moment_it_goes_on_to_the_same_trials(tmp_path):
     """By SIGKILL, eight times in one search of four trials."""
     more = ("--tuner", "hyperband", "--max_trials", 4, "--trial_epochs", 3, "--resume",
             "--checkpoint_steps", 2)  # fmt: skip
     script = Path(__file__).parent / "killed_search.py"
-    eagerly = {"EAGERLY": "1"} if keras.backend.backend() == "tensorflow" else {}
-    whole = run(script, "none", *flags(tmp_path / "whole", tmp_path, *more), **eagerly)
+    whole = run(script, "none", *flags(tmp_path / "whole", tmp_path, *more))
     assert whole.returncode == 0, whole.stderr
     moments = "saved:1,step:3,trained:1,ended:1,half:1,saved:2,step:2,trained:1,step:5,none"
-    killed = run(script, moments, *flags(tmp_path / "killed", tmp_path, *more), **eagerly)
+    killed = run(script, moments, *flags(tmp_path / "killed", tmp_path, *more))
     assert killed.returncode == 0, killed.stdout + killed.stderr
     assert "9 killed, then none ended with 0" in killed.stdout
     expected = numbers(tmp_path / "whole")
@@ -350,7 +323,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_trials(tmp_path):
         ).read_text()
 
 
-@not_on_jax
+@pytest.mark.once
 def test_a_worker_is_killed_and_the_search_has_all_trials(tmp_path):
     """A chief and two workers on this machine."""
     argv = flags(tmp_path, tmp_path, "--tuner", "random", "--max_trials", 5, "--workers", 2)
@@ -420,8 +393,7 @@ def test_a_workers_variables_are_checked(variables, message, tmp_path, monkeypat
     assert error.startswith(f"error: {message}")
 
 
-@not_on_jax
-def test_tensorboards_hparams_page(eager, teachers, tmp_path):
+def test_tensorboards_hparams_page(teachers, tmp_path):
     """Read back by TensorBoard's own code for that page."""
     from tensorboard.backend.event_processing import event_accumulator
     from tensorboard.plugins.hparams import metadata

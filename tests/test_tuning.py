@@ -241,6 +241,7 @@ def outcome(oracle):
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_search_killed_at_any_moment_goes_on(tuner, tmp_path, monkeypatch):
     moments = []
@@ -270,6 +271,7 @@ def test_a_search_killed_at_any_moment_goes_on(tuner, tmp_path, monkeypatch):
         assert outcome(again) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_a_search_proposes_nothing_twice_and_begins_with_the_configuration(tuner, tmp_path):
     oracle = new_oracle(tuner, tmp_path / "search", most=5 if tuner == "bayesian" else 12)
