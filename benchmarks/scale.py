@@ -10,8 +10,9 @@ is not varied is that of the pair, with 32×32 images of 100 classes.
 import dataclasses
 import os
 from pathlib import Path
+from typing import Literal
 
-import jsonargparse
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -20,14 +21,14 @@ from benchmarks import timing
 
 def main(
     pair: str = "resnet56_resnet20",
-    backend: str | None = None,
-    batch_sizes: tuple[int, ...] = (16, 64, 256),
-    layers: tuple[int, ...] = (0, 1, 2, 3),
-    classes: tuple[int, ...] = (10, 100, 1000),
-    sizes: tuple[int, ...] = (32, 64),
+    backend: timing.Backend | None = None,
+    batch_sizes: tuple[PositiveInt, ...] = (16, 64, 256),
+    layers: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3),
+    classes: tuple[PositiveInt, ...] = (10, 100, 1000),
+    sizes: tuple[PositiveInt, ...] = (32, 64),
     students: tuple[str, ...] = ("resnet8", "resnet20", "resnet32", "resnet56"),
-    rounds: int = 3,
-    steps: int = 3,
+    rounds: PositiveInt = 3,
+    steps: PositiveInt = 3,
     json_file: str | None = None,
 ):
     """Times distillation steps of growing size.
@@ -115,4 +116,4 @@ def _table(result):
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(main)
+    timing.run_command(main)

@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
-import jsonargparse
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -68,15 +69,15 @@ _RATIOS = [
 
 def main(
     pair: str = "resnet56_resnet20",
-    backend: str | None = None,
-    data_format: str | None = None,
-    batch_size: int = 64,
-    half: str = "bfloat16",
-    rounds: int = 7,
-    steps: int = 4,
+    backend: timing.Backend | None = None,
+    data_format: Literal["channels_last", "channels_first"] | None = None,
+    batch_size: PositiveInt = 64,
+    half: Literal["bfloat16", "float16"] = "bfloat16",
+    rounds: PositiveInt = 7,
+    steps: PositiveInt = 4,
     memory: bool = True,
     peers: bool = True,
-    only: list[str] | None = None,
+    only: str | None = None,
     json_file: str | None = None,
 ):
     """Times the parts of a distillation step, and the peers.
@@ -89,9 +90,9 @@ def main(
         half: The lower precision of the teacher: bfloat16 or float16.
         rounds: How often each is timed.
         steps: Steps each time.
-        memory: Also run each in a process of its own and measure its peak memory.
+        memory: Also measure the peak memory of each, alone in a process of its own.
         peers: Also time keras.distillation and PyTorch.
-        only: Names of what to time, of one alone with its peak memory. Default: all.
+        only: What to time, by the names in the table, with "; " between them. Default: all.
         json_file: Where to write the results too.
     """
     if backend is not None:
@@ -103,6 +104,7 @@ def main(
     from benchmarks.contenders import Pair
     from dskd_keras.command_line import parse
     from dskd_keras.config import ExperimentConfig
+    from dskd_keras.errors import unknown_name
 
     if data_format is not None:
         keras.config.set_image_data_format(data_format)
@@ -111,11 +113,13 @@ def main(
     arguments = ["--pair", pair, "--batch_size", str(batch_size)]
     config = parse(ExperimentConfig, arguments, configs, "benchmarks.step")
     built = Pair(config)
+    known = {name.format(half=half): how for name, how in _CONTENDERS.items()}
+    wanted = known if only is None else [name.strip() for name in only.split(";")]
     contenders = {}
-    for template, (method, settings) in _CONTENDERS.items():
-        name = template.format(half=half)
-        if only is not None and name not in only:
-            continue
+    for name in wanted:
+        if name not in known:
+            raise unknown_name("only", name, known)
+        method, settings = known[name]
         if only is None and not _fits(name, built, peers):
             continue
         settings = {key: value and value.format(half=half) for key, value in settings.items()}
@@ -147,15 +151,17 @@ def main(
         value = timing.ratio(seconds, above, below)
         if value is not None:
             result["ratios"][name.format(half=half)] = value
-    if only is not None and len(only) == 1:
-        result["peak_memory_mib"] = _device_peak() or timing.memory("VmHWM") - before
-    elif memory and only is None:
+    if memory and len(contenders) == 1:
+        (alone,) = result["contenders"].values()
+        alone["peak_memory_mib"] = _device_peak() or timing.memory("VmHWM") - before
+    elif memory:
         for name in contenders:
             result["contenders"][name]["peak_memory_mib"] = _memory_of(
                 name, pair, batch_size, half, data_format
             )
     console.print(_contenders_table(result))
-    console.print(_ratios_table(result))
+    if result["ratios"]:
+        console.print(_ratios_table(result))
     timing.write_json(json_file, result)
 
 
@@ -179,14 +185,14 @@ def _memory_of(name, pair, batch_size, half, data_format):
     file = Path(f"{os.environ.get('TMPDIR', '/tmp')}/step-{os.getpid()}.json")
     command = [
         sys.executable, "-m", "benchmarks.step", "--pair", pair, "--batch_size", str(batch_size),
-        "--half", half, "--rounds", "1", "--steps", "4", "--only", json.dumps([name]),
+        "--half", half, "--rounds", "1", "--steps", "4", "--only", name,
         "--json_file", str(file),
     ]  # fmt: skip
     if data_format is not None:
         command += ["--data_format", data_format]
     try:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return json.loads(file.read_text())["peak_memory_mib"]
+        return json.loads(file.read_text())["contenders"][name]["peak_memory_mib"]
     finally:
         file.unlink(missing_ok=True)
 
@@ -254,4 +260,4 @@ def _ratios_table(result):
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(main)
+    timing.run_command(main)

@@ -5,9 +5,27 @@ import json
 import os
 import platform
 import statistics
+import sys
 from pathlib import Path
+from typing import Literal
 
+import jsonargparse
 import numpy as np
+
+Backend = Literal["tensorflow", "jax", "torch"]
+
+
+def run_command(main):
+    """Runs a benchmark with the arguments of the command line; says what is wrong in one line."""
+    try:
+        jsonargparse.auto_cli(main)
+    except ValueError as error:
+        # Not imported above: Keras, which it imports, reads its backend then.
+        from dskd_keras.errors import InputError
+
+        if not isinstance(error, InputError):
+            raise
+        sys.exit(f"error: {error}")
 
 
 def environment_of_train():

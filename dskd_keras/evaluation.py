@@ -11,18 +11,22 @@ from dskd_keras.training import evaluation_batches
 _LATENCY_REPETITIONS = 20
 
 
-def predicted_classes(model, dataset):
-    """Returns the classes that a model predicts for the test images.
+def predicted_logits(model, dataset):
+    """Returns the logits of a model for the test images.
 
     Args:
         model: A model with logits `[B, C]`.
         dataset: A `data.Dataset` of N test images.
 
     Returns:
-        int array `[N]`.
+        float array `[N, C]`.
     """
-    logits = model.predict(evaluation_batches(dataset, "test"), verbose=0)
-    return np.argmax(logits, axis=-1)
+    return model.predict(evaluation_batches(dataset, "test"), verbose=0)
+
+
+def predicted_classes(model, dataset):
+    """Returns the classes that a model predicts for the test images, int array `[N]`."""
+    return np.argmax(predicted_logits(model, dataset), axis=-1)
 
 
 def head_accuracies(distiller, dataset):

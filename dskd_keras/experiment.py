@@ -184,7 +184,7 @@ def ready_to_teach(config, teacher):
     """Returns a trained teacher folded and in the configured precision; None where there is none.
 
     Raises:
-        InputError: A weight is too large for `teacher_dtype`.
+        InputError: A weight is too large for `teacher_dtype`, or the teacher can't be copied.
     """
     if teacher is None or not config.fold_teacher:
         return teacher
@@ -192,7 +192,8 @@ def ready_to_teach(config, teacher):
     try:
         return fold_batch_norm(teacher, config.teacher_dtype, keep)
     except InputError as error:
-        raise InputError(f"teacher_{error}") from None
+        about_dtype = str(error).startswith("dtype")
+        raise InputError(f"{'teacher_' if about_dtype else 'fold_teacher: '}{error}") from None
 
 
 def distiller_settings(config):
@@ -283,14 +284,24 @@ def obtain_teacher(config, dataset, console):
         `Teacher`.
 
     Raises:
-        InputError: Its accuracy is below `min_teacher_accuracy`, or its file can't be used.
+        InputError: Its accuracy is below `min_teacher_accuracy`, its logits are not finite, or its
+            file can't be used.
     """
     model, path, result = load_teacher(config, dataset, console)
     # What teaches is what is evaluated; its size and latency are those of the model as it was.
     parameters, name = _parameters(model), model.name
     latency_ms, weight_bytes = evaluation.latency_ms(model), evaluation.weight_bytes(model)
     model = ready_to_teach(config, model)
-    classes = evaluation.predicted_classes(model, dataset)
+    logits = evaluation.predicted_logits(model, dataset)
+    wrong = np.count_nonzero(~np.isfinite(logits).all(axis=-1))
+    if wrong:
+        half = config.teacher_dtype != "float32"
+        raise InputError(
+            f"teacher_{'dtype' if half else 'weights'}: the logits of '{path}' are not finite for "
+            f"{wrong} of the {len(logits)} test images"
+            + (f" in {config.teacher_dtype}. Choose float32, or bfloat16." if half else ".")
+        )
+    classes = np.argmax(logits, axis=-1)
     accuracy = evaluation.accuracy(classes, dataset)
     console.print(f"Teacher {name}: {100 * accuracy:.2f} % on the test set ({path})")
     if accuracy < config.min_teacher_accuracy:

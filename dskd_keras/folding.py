@@ -39,14 +39,16 @@ def fold_batch_norm(model, dtype=None, keep=()):
     the work of both has the name of the batch normalisation, because a feature map of that name is
     the normalised one. What is shared, activated, quantised or used elsewhere stays as it is, and
     so does a batch normalisation that was called with `training=True`. Nested models are folded
-    too.
+    too; what a wrapper such as `TimeDistributed` holds is not.
 
     Args:
         model: A functional or Sequential model, which is not changed. The copy has weights of its
             own: training `model` further does not reach it.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`: the precision of the copy's weights and
-            computations. What gives the model's outputs, and batch normalisations that stay, keep
-            float32. Defaults to that of `model`.
+            computations. The last layers with weights before the outputs, batch normalisations
+            that stay and `Normalization` keep float32, quantised layers what they have. Defaults
+            to that of `model`. In float16 feature maps may overflow, above 65504, which only the
+            outputs show.
         keep: Names of layers that have to be in the copy (`outer/inner` in nested models), such as
             a convolution whose own output is wanted.
 
@@ -54,8 +56,9 @@ def fold_batch_norm(model, dtype=None, keep=()):
         A functional model of the same name, inputs and outputs, frozen (`trainable` is False).
 
     Raises:
-        InputError: `model` has no graph of layers, `dtype` or a name in `keep` is unknown, or a
-            weight is too large for `dtype`.
+        InputError: `model` has no graph of layers, or one that can't be made anew from its
+            `get_config`; `dtype` or a name in `keep` is unknown, or a weight is too large for
+            `dtype`.
 
     Example:
 
@@ -71,7 +74,7 @@ def fold_batch_norm(model, dtype=None, keep=()):
         )
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     known = graph.layer_names(model)
     for name in keep:
         if name not in known:
@@ -84,7 +87,7 @@ def fold_batch_norm(model, dtype=None, keep=()):
 def _fold(model, dtype, keep, gives_outputs):
     into = _foldable(model, keep)
     norms = {id(norm): layer for layer, norm in into.values()}
-    last = [graph.producer(tensor) for tensor in model.outputs] if gives_outputs else []
+    last = _last_layers(model) if gives_outputs else set()
     copies = {}
 
     def copy(layer):
@@ -97,7 +100,7 @@ def _fold(model, dtype, keep, gives_outputs):
             return layer  # an operation has no weights
         if id(layer) in norms:
             return _PASS  # its work is done in the layer before it
-        is_last = any(layer is other for other in last)
+        is_last = id(layer) in last
         if graph.has_graph(layer):
             inner = [
                 name.removeprefix(f"{layer.name}/")
@@ -108,7 +111,7 @@ def _fold(model, dtype, keep, gives_outputs):
         norm = None
         if id(layer) in into:
             _, norm = into[id(layer)]
-            is_last = any(norm is other for other in last)
+            is_last = id(norm) in last
         return _copied(layer, norm, "float32" if dtype and is_last else dtype)
 
     def call(layer, *args, **kwargs):
@@ -126,6 +129,8 @@ def _fold(model, dtype, keep, gives_outputs):
                 _set_folded(copies[id(layer)], layer, into[id(layer)][1])
             elif id(layer) in copies and id(layer) not in norms and not graph.has_graph(layer):
                 copies[id(layer)].set_weights(layer.get_weights())
+                if isinstance(layer, layers.Normalization):
+                    copies[id(layer)].finalize_state()  # it computes with what it takes from them
     for weight in folded.weights if dtype else ():
         if not np.isfinite(keras.ops.convert_to_numpy(weight).astype("float32")).all():
             raise InputError(
@@ -136,6 +141,21 @@ def _fold(model, dtype, keep, gives_outputs):
 
 # Stands in for a batch normalisation that was folded.
 _PASS = object()
+
+
+def _last_layers(model):
+    """Returns the ids of the last layers with weights before the outputs, and of all after them."""
+    found, tensors = set(), list(model.outputs)
+    seen = {id(tensor) for tensor in tensors}
+    for tensor in tensors:  # grows while it is walked
+        found.add(id(graph.producer(tensor)))
+        if getattr(graph.producer(tensor), "weights", None):
+            continue
+        for earlier in graph.call_of(tensor)[0]:
+            if id(earlier) not in seen:
+                seen.add(id(earlier))
+                tensors.append(earlier)
+    return found
 
 
 def _foldable(model, keep):
@@ -171,9 +191,13 @@ def _is_linear(layer):
     return (
         type(layer) in _SCALED
         and layer.activation is keras.activations.linear
-        and getattr(layer, "quantization_mode", None) is None
+        and not _is_quantised(layer)
         and not getattr(layer, "lora_enabled", False)
     )
+
+
+def _is_quantised(layer):
+    return getattr(layer, "quantization_mode", None) is not None
 
 
 def _channel_axis(layer, tensor):
@@ -195,17 +219,38 @@ def _bias_goes_astray(layer, tensor):
 
 def _copied(layer, norm, dtype):
     """Returns a new layer like `layer`, ready to be called; with the name of `norm`, if any."""
-    config = layer.get_config()
-    config.update({name: None for name in config if name.endswith(_OF_TRAINING)})
-    if norm is not None:
-        config.update(name=norm.name, use_bias=True)
-        # The weights are set in a moment; random ones would be drawn for nothing.
-        config.update({name: "zeros" for name in config if name.endswith("initializer")})
-    if dtype is not None and "dtype" in config and not isinstance(layer, layers.InputLayer):
-        # The statistics of a batch normalisation that stays are no matter for half precision.
-        half = isinstance(layer, layers.BatchNormalization) and dtype != "float32"
-        config["dtype"] = f"mixed_{dtype}" if half else dtype
-    return type(layer).from_config(config)
+    try:
+        config = layer.get_config()
+        config.update({name: None for name in config if name.endswith(_OF_TRAINING)})
+        if norm is not None:
+            config.update(name=norm.name, use_bias=True)
+            # The weights are set in a moment; random ones would be drawn for nothing.
+            config.update({name: "zeros" for name in config if name.endswith("initializer")})
+        if dtype is not None and "dtype" in config and not _keeps_dtype(layer):
+            config["dtype"] = _policy(layer, dtype)
+        if isinstance(layer, layers.Lambda):
+            copy = layers.Lambda.from_config(config, safe_mode=False)  # nothing is read from a file
+            copy.function = layer.function  # with what it finds around it
+            return copy
+        return type(layer).from_config(config)
+    except Exception as error:  # whatever a layer of the user's raises
+        raise InputError(
+            f"model: layer '{layer.name}' ({type(layer).__name__}) can't be made anew from its "
+            "get_config, which has to hold all arguments of __init__, with **kwargs for those of "
+            f"keras.Layer: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+
+
+def _keeps_dtype(layer):
+    return isinstance(layer, layers.InputLayer) or _is_quantised(layer)
+
+
+def _policy(layer, dtype):
+    # Their statistics are no matter for half precision.
+    if isinstance(layer, layers.Normalization):
+        return "float32"
+    half = isinstance(layer, layers.BatchNormalization) and dtype != "float32"
+    return f"mixed_{dtype}" if half else dtype
 
 
 def _set_folded(folded, layer, norm):

@@ -280,6 +280,20 @@ def test_a_weak_teacher_is_refused_before_the_student_trains(finished, images, t
     assert [path.read_bytes() for path in teachers.glob("*.keras")] == before
 
 
+def test_a_teacher_whose_numbers_overflow_is_refused(finished, images, tmp_path, capsys):
+    (cached,) = (finished / "teachers").glob("*.keras")
+    teacher = keras.models.load_model(cached)
+    teacher.get_layer("stem_bn").gamma.assign(np.full(16, 3e4, "float32"))
+    teacher.get_layer("stem_bn").beta.assign(np.full(16, 3e4, "float32"))
+    teacher.save(tmp_path / "large.keras")
+    flags = ["--teacher_weights", tmp_path / "large.keras", "--teacher_dtype", "float16"]
+    assert command(images, tmp_path, *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and error.startswith("error: teacher_dtype: the logits of")
+    assert "not finite" in error and "float16" in error
+    assert not (tmp_path / "run" / "dskd" / "seed-0" / "history.csv").exists()
+
+
 def test_the_teacher_is_folded_before_it_teaches(finished, images):
     dataset = data.load(str(images))
     teacher = models.create("resnet8", 3, (8, 8, 3))

@@ -278,6 +278,71 @@ def test_lower_precision(dtype, tolerance):
     assert keras.tree.flatten(teacher.predict(x))[0].dtype == np.float32
 
 
+def test_a_model_in_mixed_precision_becomes_one_in_full():
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    model = used(models.create("resnet8", 10, (32, 32, 3)))
+    keras.config.set_dtype_policy(previous)
+    folded = fold_batch_norm(model, "float32")
+    assert model.get_layer("stem_conv").compute_dtype == "float16"
+    assert {layer.compute_dtype for layer in folded.layers[1:]} == {"float32"}
+    x = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype("float32")
+    assert_same(model, folded, x, 0.01)
+
+
+@pytest.mark.parametrize("last", ["operation", "pooling"])
+def test_the_outputs_are_in_full_precision_whatever_gives_them(last):
+    inputs = keras.Input((8, 8, 4))
+    x = layers.ReLU()(layers.Conv2D(4, 3, name="map")(inputs))
+    x = layers.Conv2D(5, 1, name="logits")(x)
+    x = layers.GlobalAveragePooling2D()(x) if last == "pooling" else keras.ops.mean(10 * x, (1, 2))
+    folded = fold_batch_norm(keras.Model(inputs, x), "bfloat16")
+    assert folded.output.dtype == "float32"
+    assert folded.get_layer("logits").compute_dtype == "float32"
+    assert folded.get_layer("map").compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_a_layer_takes_from_its_weights_is_copied_too(dtype):
+    normalization = layers.Normalization()
+    rng = np.random.default_rng(0)
+    normalization.adapt(rng.normal(3, 5, (50, 8, 8, 4)))
+    inputs = keras.Input((8, 8, 4))
+    x = layers.BatchNormalization()(layers.Conv2D(6, 3)(normalization(inputs)))
+    model = used(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x))))
+    folded = fold_batch_norm(model, dtype)
+    assert norms(folded) == []
+    x = rng.normal(3, 5, (4, 8, 8, 4)).astype("float32")
+    assert_same(model, folded, x, 0.03 if dtype else 1e-4)
+
+
+def test_lambda_layers_and_quantised_ones():
+    factor = 3.0
+    inputs = keras.Input((7,))
+    x = layers.BatchNormalization()(layers.Dense(5)(inputs))
+    x = layers.Lambda(lambda x: x * factor)(x)
+    quantised = layers.Dense(4, name="quantised")
+    x = layers.BatchNormalization()(quantised(x))
+    model = used(keras.Model(inputs, layers.Dense(2)(x)))
+    quantised.quantize("int8")
+    x = np.random.default_rng(1).standard_normal((3, 7)).astype("float32")
+    folded = fold_batch_norm(model)
+    assert len(norms(folded)) == 1
+    assert_same(model, folded, x)
+    half = fold_batch_norm(model, "bfloat16", keep=None)
+    assert half.get_layer("quantised").quantization_mode == "int8"
+    assert_same(model, half, x, 0.03)
+
+
+class Forgetful(layers.Layer):
+    def __init__(self, size):
+        super().__init__(name="forgetful")
+        self.size = size
+
+    def call(self, inputs):
+        return inputs * self.size
+
+
 def test_what_cannot_be_done_is_said_in_one_line():
     model, _ = after(layers.Conv2D(6, 3, name="conv"), (8, 8, 4))
     cases = [
@@ -288,6 +353,7 @@ def test_what_cannot_be_done_is_said_in_one_line():
         with pytest.raises(dskd_keras.InputError, match=message):
             fold_batch_norm(model, **arguments)
     model.get_layer("norm").gamma.assign(np.full(6, 1e7, "float32"))
+    model = keras.Model(model.input, layers.Dense(2)(layers.Flatten()(model.output)))
     with pytest.raises(dskd_keras.InputError, match=r"^dtype: weight 'norm/.*float16\.$"):
         fold_batch_norm(model, "float16")
 
@@ -296,3 +362,10 @@ def test_what_cannot_be_done_is_said_in_one_line():
 
     with pytest.raises(dskd_keras.InputError, match=r"^model: Subclassed has no graph of layers"):
         fold_batch_norm(Subclassed())
+
+    inputs = keras.Input((4,))
+    with pytest.raises(
+        dskd_keras.InputError,
+        match=r"^model: layer 'forgetful' \(Forgetful\) can't be made anew.*$",
+    ):
+        fold_batch_norm(keras.Model(inputs, Forgetful(3)(inputs)))

@@ -172,6 +172,7 @@ def results_table(title, results):
             ("agreement\n%", lambda runs: spread(percents(runs, "teacher_agreement"), 1))
         )
     columns.append(("images/s", lambda runs: spread(known(runs, "images_per_second"), 0)))
+    sentences.append("images/s: in the model's own training.")
     if any(result.latency_ms is not None for result in results):
         columns.append(("latency\nms", lambda runs: mean(known(runs, "latency_ms"), 2)))
         sentences.append("latency: of one image.")
