@@ -6,6 +6,7 @@ and out of every convolution, which PyTorch's convolutions don't need (docs/spee
 """
 
 import keras
+import numpy as np
 
 # Batches of a data set have two shapes, the last one being smaller. Whoever has a new one in every
 # step is not to trace in every step.
@@ -33,6 +34,13 @@ class Traced:
         """Returns the model's outputs for a batch."""
         import torch
 
+        # Of `train_on_batch` the step gets the arrays that the user gave.
+        x = keras.tree.map_structure(
+            lambda leaf: (
+                keras.ops.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+            ),
+            x,
+        )
         leaves = keras.tree.flatten(x)
         traceable = all(isinstance(leaf, torch.Tensor) for leaf in leaves) and not (
             torch.compiler.is_compiling() or any(leaf.is_meta for leaf in leaves)

@@ -126,7 +126,8 @@ def test_student_and_teacher_run_once_a_step():
     distiller.train_on_batch(x, y)  # builds, which runs models symbolically
     of_teacher.calls = of_student.calls = 0
     distiller.train_on_batch(x, y)
-    assert (of_teacher.calls, of_student.calls) == (1, 1)
+    # On PyTorch the teacher is traced by now: none of its Python is run.
+    assert (of_teacher.calls, of_student.calls) == (int(BACKEND != "torch"), 1)
     of_teacher.calls = of_student.calls = 0
     distiller.test_on_batch(x, y)
     assert (of_teacher.calls, of_student.calls) == (0, 1)
