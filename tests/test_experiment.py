@@ -328,6 +328,7 @@ def flip_a_byte(source, target):
     target.write_bytes(data)
 
 
+@pytest.mark.once
 def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
     (cached,) = (finished / "teachers").glob("*.keras")
     teacher = keras.models.load_model(cached)

@@ -246,6 +246,7 @@ def test_every_weight_is_trained_through_grouped_convolutions():
         assert np.abs(keras.ops.convert_to_numpy(variable) - old).max() > 0, variable.path
 
 
+@pytest.mark.once
 def test_a_saved_model_loads_without_this_package(tmp_path):
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype("float32")
     np.save(tmp_path / "images.npy", images)

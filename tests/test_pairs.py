@@ -22,6 +22,7 @@ def seen():
     return set()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_pair_takes_a_step(path, seen):
     config = parse(ExperimentConfig, ["--pair", path.stem], CONFIGS, "train.py")

@@ -35,6 +35,7 @@ def hypermodel(ranges=None, **settings):
 # The hypermodel
 
 
+@pytest.mark.once
 def test_values_lie_in_their_ranges_and_reach_the_distiller(tmp_path):
     ranges = SearchRanges(temperature=[2, 3], weighting_temperature=[0.5, 2])
     model = hypermodel(ranges)
@@ -113,6 +114,7 @@ def test_layers_are_chosen_as_sets():
     assert model.distiller(hp).student_layers == ("stage2", "stage1")
 
 
+@pytest.mark.once
 def test_a_search_of_ones_own(tmp_path):
     x, y = images(24)
     model = hypermodel({"temperature": [2, 8], "learning_rate": [0.001, 0.01]})
