@@ -16,12 +16,12 @@ import keras
 import numpy as np
 
 from dskd_keras import Distiller, models
-from dskd_keras.checkpoints import Checkpointer, CheckpointFolder
-from dskd_keras.command_line import parse
-from dskd_keras.config import ExperimentConfig
-from dskd_keras.interruption import StopRequest
+from dskd_keras.experiment.checkpoints import Checkpointer, CheckpointFolder
+from dskd_keras.experiment.command_line import parse
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.interruption import StopRequest
+from dskd_keras.experiment.training import compile_options
 from dskd_keras.optimizers import SGD
-from dskd_keras.training import compile_options
 
 EVERY = 10
 
@@ -39,6 +39,14 @@ class Steps(keras.callbacks.Callback):
         self.times.append(time.perf_counter())
 
 
+class NothingElse:
+    """A record of a run that has nothing to keep beside its model."""
+
+    def snapshot(self):
+        """Returns no weights and no notes."""
+        return [], {}
+
+
 def main(pair: str = "resnet110_resnet32", steps: int = 82):
     """Measures what checkpoints cost.
 
@@ -46,8 +54,7 @@ def main(pair: str = "resnet110_resnet32", steps: int = 82):
         pair: A file of configs/.
         steps: Training steps.
     """
-    configs = Path(__file__).parent.parent / "configs"
-    config = parse(ExperimentConfig, ["--pair", pair], configs, "checkpoint_cost.py")
+    config = parse(ExperimentConfig, ["--pair", pair], "checkpoint_cost.py")
 
     rng = np.random.default_rng(0)
     images = rng.standard_normal((config.batch_size, 32, 32, 3), dtype="float32")
@@ -65,7 +72,7 @@ def main(pair: str = "resnet110_resnet32", steps: int = 82):
 
     with tempfile.TemporaryDirectory() as folder, StopRequest(lambda: None) as stop:
         checkpoints = CheckpointFolder(Path(folder))
-        checkpointer = Checkpointer(checkpoints, EVERY, steps + 1, stop, lambda: ([], {}))
+        checkpointer = Checkpointer(checkpoints, EVERY, steps + 1, stop, NothingElse())
         timed = Steps()
         distiller.fit(
             batches(),

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 
 import dskd_keras
-from dskd_keras import data, models, training
+from dskd_keras import data, models
+from dskd_keras.experiment import training
 from dskd_keras.teacher import FrozenTeacher
 
 

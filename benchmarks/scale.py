@@ -9,7 +9,6 @@ is not varied is that of the pair, with 32×32 images of 100 classes.
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
+from dskd_commands import startup
 
 
 def main(
@@ -47,16 +47,15 @@ def main(
     """
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
-    timing.environment_of_train()
+    startup.set_tensorflow_options()
     # Keras reads its backend when it is imported.
     import keras
 
     from benchmarks.contenders import Pair
-    from dskd_keras.command_line import parse
-    from dskd_keras.config import ExperimentConfig
+    from dskd_keras.experiment.command_line import parse
+    from dskd_keras.experiment.config import ExperimentConfig
 
-    configs = Path(__file__).parent.parent / "configs"
-    config = parse(ExperimentConfig, ["--pair", pair], configs, "benchmarks.scale")
+    config = parse(ExperimentConfig, ["--pair", pair], "benchmarks.scale")
     stages = ["stage1", "stage2", "stage3"]
     points = [
         *(("batch size", value, {"batch_size": value}, {}) for value in batch_sizes),

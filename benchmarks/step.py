@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
+from dskd_commands import startup
 
 # What is timed, by name: a method of `contenders.Pair` and its arguments. "half" is the dtype of
 # the command line.
@@ -97,21 +98,20 @@ def main(
     """
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
-    timing.environment_of_train()
+    startup.set_tensorflow_options()
     # Keras reads its backend when it is imported.
     import keras
 
     from benchmarks.contenders import Pair
-    from dskd_keras.command_line import parse
-    from dskd_keras.config import ExperimentConfig
     from dskd_keras.errors import unknown_name
+    from dskd_keras.experiment.command_line import parse
+    from dskd_keras.experiment.config import ExperimentConfig
 
     if data_format is not None:
         keras.config.set_image_data_format(data_format)
     console = Console(width=120)
-    configs = Path(__file__).parent.parent / "configs"
     arguments = ["--pair", pair, "--batch_size", str(batch_size)]
-    config = parse(ExperimentConfig, arguments, configs, "benchmarks.step")
+    config = parse(ExperimentConfig, arguments, "benchmarks.step")
     built = Pair(config)
     known = {name.format(half=half): how for name, how in _CONTENDERS.items()}
     wanted = known if only is None else [name.strip() for name in only.split(";")]

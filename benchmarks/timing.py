@@ -28,12 +28,6 @@ def run_command(main):
         sys.exit(f"error: {error}")
 
 
-def environment_of_train():
-    """Sets what `train.py` sets before TensorFlow is imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-
-
 def in_turn(contenders, rounds, steps, say):
     """Times contenders again and again, one after the other.
 

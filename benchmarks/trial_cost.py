@@ -17,11 +17,11 @@ from pathlib import Path
 import jsonargparse
 import keras
 import numpy as np
+from dskd_keras.command_line import parse
+from dskd_keras.config import ExperimentConfig
 from rich.console import Console
 
 from dskd_keras import data, experiment, teacher_outputs, training
-from dskd_keras.command_line import parse
-from dskd_keras.config import ExperimentConfig
 from dskd_keras.distiller import Distiller, Targets
 from dskd_keras.tuning.memory import freed_afterwards
 

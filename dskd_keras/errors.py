@@ -1,6 +1,5 @@
 """The errors that a user can mend, said in one line."""
 
-import difflib
 from collections.abc import Iterable
 
 # A model can have hundreds of layers.
@@ -23,7 +22,21 @@ class TrainingError(RuntimeError):
     """
 
 
-def unknown_name(field: str, value: object, choices: Iterable[str]) -> InputError:
+def wrong(field: str, value: object, rule: str) -> InputError:
+    """Returns the error for a value that breaks a rule.
+
+    Args:
+        field: The field or argument that held the value.
+        value: What it held.
+        rule: What it should be, such as `"a positive number"`.
+
+    Returns:
+        An `InputError`, to be raised by the caller.
+    """
+    return InputError(f"{field}: {value!r} should be {rule}.")
+
+
+def unknown_name(field: str, value: object, choices: Iterable[object]) -> InputError:
     """Returns the error for a name that is not among `choices`, close names first.
 
     Args:
@@ -34,11 +47,30 @@ def unknown_name(field: str, value: object, choices: Iterable[str]) -> InputErro
     Returns:
         An `InputError`, to be raised by the caller.
     """
-    choices = [str(choice) for choice in choices]
-    by_folded = {choice.casefold(): choice for choice in choices}
+    import difflib  # for errors alone
+
+    names = [str(choice) for choice in choices]
+    by_folded = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(str(value).casefold(), list(by_folded), n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(by_folded[name]) for name in close)}?" if close else ""
-    shown = ", ".join(choices[:_MOST_CHOICES]) or "none"
-    if len(choices) > _MOST_CHOICES:
-        shown += f", … and {len(choices) - _MOST_CHOICES} more"
-    return InputError(f"{field}: unknown name {value!r}.{hint} Choices: {shown}.")
+    shown = ", ".join(names[:_MOST_CHOICES]) or "none"
+    if len(names) > _MOST_CHOICES:
+        shown += f", … and {len(names) - _MOST_CHOICES} more"
+    return InputError(f"{field}: {value!r} should be a known name.{hint} Choices: {shown}.")
+
+
+def missing_package(field: str, package: str, extra: str) -> InputError:
+    """Returns the error for a package that is needed and not installed.
+
+    Args:
+        field: The field, argument or part of the project that needs it.
+        package: The package's name.
+        extra: The extra of this project that brings it.
+
+    Returns:
+        An `InputError`, to be raised by the caller.
+    """
+    return InputError(
+        f"{field}: the package {package} is not installed. Install it with: "
+        f"pip install 'dskd-keras[{extra}]'"
+    )

@@ -5,6 +5,7 @@ converters have written files that don't load, and files that give other logits.
 """
 
 import contextlib
+import glob
 import importlib.util
 import logging
 import os
@@ -12,12 +13,15 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
-from dskd_keras.errors import InputError, unknown_name
+from dskd_keras.errors import InputError, missing_package, unknown_name
+from dskd_keras.keras_internals import flat_layers
 
 # How the name of an exported student ends. A SavedModel is a folder.
 SUFFIXES = {"onnx": ".onnx", "saved_model": "_saved_model", "litert": ".tflite"}
@@ -27,6 +31,9 @@ FORMATS = tuple(SUFFIXES)
 # family and more, came out within 2.5e-6 in every format on every backend (on CPUs); an epsilon of
 # all batch normalisations that is wrong by 1e-3 gives 8e-4 or more.
 TOLERANCE = 1e-4
+
+# Of the folders that are written to before a file is in its place.
+_ASIDE = ".exporting"
 
 # What each format imports on each backend, by the names to import; pip knows them with hyphens.
 # What is not here can't be had:
@@ -74,12 +81,10 @@ def check_available(format: str) -> None:
             f"export: {format!r} can't be written with the {backend} backend. Take KERAS_BACKEND="
             f"{able}; a student.keras that {backend} trained loads there too."
         )
-    missing = [name.replace("_", "-") for name in packages if not _installed(name)]
-    if missing:
-        raise InputError(
-            f"export: {format!r} with the {backend} backend needs {' and '.join(missing)}. Install "
-            f"with: pip install {' '.join(missing)}"
-        )
+    for name in packages:
+        if not _installed(name):
+            extra = "tensorflow" if name == "tensorflow" else "export"
+            raise missing_package("export", name.replace("_", "-"), extra)
     channels_first = keras.config.image_data_format() == "channels_first"
     if channels_first and (format, backend) == ("saved_model", "tensorflow"):
         # TensorFlow's convolutions lack it on CPUs, where the file is checked.
@@ -90,7 +95,7 @@ def check_available(format: str) -> None:
 
 
 def export(
-    model: keras.Model, format: str, path: str | os.PathLike, images: np.ndarray
+    model: keras.Model, format: str, path: str | os.PathLike[str], images: np.ndarray
 ) -> tuple[Path, float]:
     """Exports a model, and keeps the file only if another runtime gets the same logits from it.
 
@@ -103,8 +108,8 @@ def export(
         model: A functional or Sequential model from one batch of images to logits `[B, C]`, in
             float32.
         format: One of `FORMATS`.
-        path: Where to write; a file for "onnx" and "litert", a folder for "saved_model". Only one
-            process at a time may export to it. `SUFFIXES[format]` is the usual ending.
+        path: Where to write; a file for "onnx" and "litert", a folder for "saved_model".
+            `SUFFIXES[format]` is the usual ending.
         images: float32 `[N, *model.input_shape[1:]]`, as the model takes them, N at least 2. They
             should be images like those that it was trained on: noise may leave parts of a model
             unused.
@@ -128,10 +133,8 @@ def export(
     images = np.asarray(images)
     _check_arguments(model, images)
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.exporting")
-    for leftover in path.parent.glob(f".{path.name}.*.exporting"):
-        shutil.rmtree(leftover)  # of a process that was killed
-    aside.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_ASIDE, dir=path.parent))
     try:
         # Before the conversion: Keras exports only models that have been called.
         expected = _keras_logits(model, images)
@@ -164,18 +167,31 @@ def export(
     return path, difference
 
 
-def _installed(name):
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left beside a path that they were exporting to.
+
+    Args:
+        path: What `export` got. No other process may be exporting to it.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{_ASIDE}"):
+        # Between its dots stand letters and digits: the rest belongs to a longer name.
+        if "." not in leftover.name[len(path.name) + 2 : -len(_ASIDE)]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _installed(name: str) -> bool:
     """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
-def _check_arguments(model, images):
+def _check_arguments(model: keras.Model, images: np.ndarray) -> None:
     """Raises `InputError` for a model or images that can't be compared."""
     if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.outputs[0].shape) != 2:
         raise InputError(
             f"export: {model.name} should have one input and give one output, logits [B, C]."
         )
-    policies = {layer.compute_dtype for layer in model._flatten_layers()}
+    policies = {layer.compute_dtype for layer in flat_layers(model)}
     if policies != {"float32"}:
         raise InputError(
             f"export: {model.name} computes in {' and '.join(sorted(policies - {'float32'}))}; "
@@ -189,11 +205,11 @@ def _check_arguments(model, images):
         )
 
 
-def _convert(model, format, path):
+def _convert(model: keras.Model, format: str, path: Path) -> None:
     """Writes the model to `path` by Keras's own export."""
     backend = keras.backend.backend()
     if format == "saved_model":
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if backend == "jax":
             # Otherwise only machines with the kind of processor that trained the student run it.
             arguments["jax2tf_kwargs"] = {
@@ -202,22 +218,25 @@ def _convert(model, format, path):
             }
         model.export(path, format="tf_saved_model", verbose=False, **arguments)
         return
-    with _convertible(model) if backend == "tensorflow" else contextlib.nullcontext():
-        model.export(path, format=format, verbose=False)
+    if backend == "tensorflow":
+        model = _convertible(model)
+    model.export(path, format=format, verbose=False)
 
 
-@contextlib.contextmanager
-def _convertible(model):
-    """Lets layers be traced, for the time of a conversion, into what tf2onnx understands.
+def _convertible(model: keras.Model) -> keras.Model:
+    """Returns a model that TensorFlow traces into what converters understand.
 
     Keras compiles grouped convolutions by XLA, since TensorFlow's operation lacks them on CPUs, and
     tf2onnx leaves a compiled function in the file as it is. In a graph that is only converted
     TensorFlow's operation will do. And it makes additional inputs of the tensors that a
-    `Normalization` with a given mean holds, but constants of arrays.
+    `Normalization` holds, but constants of arrays.
+
+    Returns:
+        A copy of the model where it has such layers, the model itself where it has none.
     """
     import tensorflow as tf
 
-    def convolution_op(layer, inputs, kernel):
+    def convolution_op(layer: Any, inputs: Any, kernel: Any) -> Any:
         return tf.nn.convolution(
             inputs,
             kernel,
@@ -227,28 +246,29 @@ def _convertible(model):
             data_format="NCHW" if layer.data_format == "channels_first" else "NHWC",
         )
 
-    replaced = []
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Conv2D) and layer.groups > 1:
+    def is_grouped(layer: Any) -> bool:
+        return isinstance(layer, keras.layers.Conv2D) and layer.groups > 1
+
+    def is_normalization(layer: Any) -> bool:
+        return isinstance(layer, keras.layers.Normalization)
+
+    if not any(is_grouped(layer) or is_normalization(layer) for layer in flat_layers(model)):
+        return model
+    copy = keras.models.clone_model(model, recursive=True)
+    copy.set_weights(model.get_weights())
+    copy(copy.inputs)  # Keras exports only models that have been called
+    for layer in flat_layers(copy):
+        if is_grouped(layer):
             # The hook that Keras documents for convolutions, here of one object.
-            replaced.append((layer, "convolution_op", convolution_op.__get__(layer)))
-        elif isinstance(layer, keras.layers.Normalization):
-            replaced += [
-                (layer, name, keras.ops.convert_to_numpy(getattr(layer, name)))
-                for name in ("mean", "variance")
-            ]
-    with contextlib.ExitStack() as stack:
-        for layer, name, value in replaced:
-            # Past Keras, which would track what is set.
-            if name in vars(layer):
-                stack.callback(object.__setattr__, layer, name, vars(layer)[name])
-            else:
-                stack.callback(object.__delattr__, layer, name)
-            object.__setattr__(layer, name, value)
-        yield
+            layer.convolution_op = convolution_op.__get__(layer)
+        elif is_normalization(layer):
+            layer.finalize_state()
+            layer.mean = keras.ops.convert_to_numpy(layer.mean)
+            layer.variance = keras.ops.convert_to_numpy(layer.variance)
+    return copy
 
 
-def _onnx_logits(path, images):
+def _onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -258,7 +278,7 @@ def _onnx_logits(path, images):
     return logits
 
 
-def _saved_model_logits(path, images):
+def _saved_model_logits(path: Path, images: np.ndarray) -> np.ndarray:
     import tensorflow as tf
 
     with tf.device("CPU:0"):
@@ -267,7 +287,7 @@ def _saved_model_logits(path, images):
     return np.asarray(logits)
 
 
-def _litert_logits(path, images):
+def _litert_logits(path: Path, images: np.ndarray) -> np.ndarray:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))
@@ -287,7 +307,7 @@ _RUNTIMES = {
 }
 
 
-def _keras_logits(model, images):
+def _keras_logits(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Returns the model's logits `[N, C]` in inference mode, computed in full float32."""
     backend, data_format = keras.backend.backend(), keras.config.image_data_format()
     with _full_float32():
@@ -301,7 +321,7 @@ def _keras_logits(model, images):
 
 
 @contextlib.contextmanager
-def _full_float32():
+def _full_float32() -> Iterator[None]:
     """Keeps GPUs from TF32, which keeps 10 bits of a number: its errors would be the export's."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -329,7 +349,7 @@ def _full_float32():
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _difference(logits, expected):
+def _difference(logits: np.ndarray, expected: np.ndarray) -> float:
     """Largest absolute difference in standard deviations of what is expected."""
     if logits.shape != expected.shape:
         return float("inf")
@@ -337,9 +357,9 @@ def _difference(logits, expected):
     return float(np.abs(logits - expected).max() / max(expected.std(), np.finfo("float32").tiny))
 
 
-def _replace(written, path, aside):
+def _replace(written: Path, path: Path, aside: Path) -> None:
     """Puts what was written in its place, whole."""
-    files = [written] if written.is_file() else written.rglob("*")
+    files = [written] if written.is_file() else list(written.rglob("*"))
     for file in files:
         if file.is_file():
             # On the disk before the old one goes, should the machine lose power.
@@ -359,7 +379,7 @@ def _replace(written, path, aside):
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Drops what is printed, warned of and logged, by Python and by the libraries under it."""
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(tempfile.TemporaryFile("w"))
@@ -384,6 +404,6 @@ def _quiet():
         yield
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
     return message if len(message) <= 400 else f"{message[:400]}…"

@@ -1,17 +1,22 @@
 """Batch normalisation folded into the layers before it: the same function, fewer operations."""
 
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers
 
 from dskd_keras import graph
 from dskd_keras.errors import InputError, unknown_name
+from dskd_keras.keras_internals import call_of, producer
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The layers that take a batch normalisation in: the weight that is scaled, and its axis (or, of a
 # depthwise kernel, axes) of output channels.
-_SCALED = {
+_SCALED: dict[type, tuple[str, tuple[int, ...]]] = {
     layers.Dense: ("kernel", (-1,)),
     layers.Conv1D: ("kernel", (-1,)),
     layers.Conv2D: ("kernel", (-1,)),
@@ -24,31 +29,38 @@ _SCALED = {
     layers.SeparableConv1D: ("pointwise_kernel", (-1,)),
     layers.SeparableConv2D: ("pointwise_kernel", (-1,)),
 }
+_KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel")
 
-# They shape the training, which is over, and would add losses to whatever takes the model in.
+# They shape the training, which is over. Kept, they would add losses to any model that holds the
+# copy.
 _OF_TRAINING = ("regularizer", "constraint")
 
+# Takes the place of a batch normalisation that was folded.
+_PASS = object()
 
-def fold_batch_norm(model, dtype=None, keep=()):
+
+def fold_batch_norm(
+    model: keras.Model, dtype: str | None = None, keep: str | Iterable[str] = ()
+) -> keras.Model:
     """Returns a copy of a model for inference, its batch normalisations folded away.
 
-    In inference a batch normalisation is `γ (x − μ) / √(σ² + ε) + β` with constants, so where `x`
-    comes from a linear layer it can be a part of that layer's kernel and bias. This is done where a
-    convolution (transposed, depthwise and separable ones included) or a dense layer without an
-    activation feeds a batch normalisation over its channels and nothing else. The layer that does
-    the work of both has the name of the batch normalisation, because a feature map of that name is
-    the normalised one. What is shared, activated, quantised or used elsewhere stays as it is, and
-    so does a batch normalisation that was called with `training=True`. Nested models are folded
-    too; what a wrapper such as `TimeDistributed` holds is not.
+    In inference a batch normalisation is `γ (x − μ) / √(σ² + ε) + β` with constants. Where `x`
+    comes from a linear layer, it can be a part of that layer's kernel and bias. This is done where
+    a dense layer or a convolution of any kind, without an activation, feeds a batch normalisation
+    over its channels and nothing else. The layer that does the work of both has the name of the
+    batch normalisation, because a feature map of that name is the normalised one. A layer that is
+    shared, activated, quantised or used elsewhere stays as it is, and so does a batch normalisation
+    that was called with `training=True`. Nested models are folded too. Layers in a wrapper such as
+    `TimeDistributed` are not.
 
     Args:
         model: A functional or Sequential model, which is not changed. The copy has weights of its
             own: training `model` further does not reach it.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`: the precision of the copy's weights and
             computations. The last layers with weights before the outputs, batch normalisations
-            that stay and `Normalization` keep float32, quantised layers what they have. Defaults
-            to that of `model`. In float16 feature maps may overflow, above 65504, which only the
-            outputs show.
+            that stay and `Normalization` keep float32. Quantised layers keep what they have.
+            Defaults to the precision of `model`. In float16 a feature map overflows above 65504,
+            and only the outputs show it.
         keep: Names of layers that have to be in the copy (`outer/inner` in nested models), such as
             a convolution whose own output is wanted.
 
@@ -67,61 +79,47 @@ def fold_batch_norm(model, dtype=None, keep=()):
     distiller = dskd_keras.Distiller(teacher, student, student_layers=["stage1", "stage2"])
     ```
     """
-    if not graph.has_graph(model):
-        raise InputError(
-            f"model: {type(model).__name__} has no graph of layers. Build it with the functional "
-            "API, or as a keras.Sequential that begins with keras.Input."
-        )
+    graph.check_graph("model", model)
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
-    known = graph.layer_names(model)
-    for name in keep:
-        if name not in known:
-            raise unknown_name("keep", name, known)
+    graph.check_names("keep", model, keep)
     folded = _fold(model, dtype, keep, gives_outputs=True)
     folded.trainable = False
     return folded
 
 
-def _fold(model, dtype, keep, gives_outputs):
+def _fold(
+    model: keras.Model, dtype: str | None, keep: Collection[str], gives_outputs: bool
+) -> keras.Model:
     into = _foldable(model, keep)
-    norms = {id(norm): layer for layer, norm in into.values()}
+    norms = {id(norm) for _, norm in into.values()}
     last = _last_layers(model) if gives_outputs else set()
-    copies = {}
+    copies: dict[int, Any] = {}
 
-    def copy(layer):
+    def copy(layer: Any) -> Any:
         if id(layer) not in copies:
             copies[id(layer)] = make(layer)
         return copies[id(layer)]
 
-    def make(layer):
+    def make(layer: Any) -> Any:
         if not isinstance(layer, layers.Layer):
             return layer  # an operation has no weights
         if id(layer) in norms:
             return _PASS  # its work is done in the layer before it
         is_last = id(layer) in last
         if graph.has_graph(layer):
-            inner = [
-                name.removeprefix(f"{layer.name}/")
-                for name in keep
-                if name.startswith(f"{layer.name}/")
-            ]
-            return _fold(layer, dtype, inner, gives_outputs=is_last)
+            return _fold(layer, dtype, graph.names_inside(layer, keep), gives_outputs=is_last)
         norm = None
         if id(layer) in into:
             _, norm = into[id(layer)]
             is_last = id(norm) in last
         return _copied(layer, norm, "float32" if dtype and is_last else dtype)
 
-    def call(layer, *args, **kwargs):
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         return args[0] if layer is _PASS else layer(*args, **kwargs)
 
-    # A Sequential is cloned without asking `call_function`; its functional twin is not.
-    functional = keras.Model(
-        graph.input_structure(model), graph.output_structure(model), name=model.name
-    )
-    folded = keras.models.clone_model(functional, clone_function=copy, call_function=call)
+    folded = graph.rebuild(model, copy, call)
     # Weights exist once the layers have been called.
     with np.errstate(over="ignore"):  # looked for below
         for layer in model.layers:
@@ -139,44 +137,29 @@ def _fold(model, dtype, keep, gives_outputs):
     return folded
 
 
-# Stands in for a batch normalisation that was folded.
-_PASS = object()
-
-
-def _last_layers(model):
+def _last_layers(model: keras.Model) -> set[int]:
     """Returns the ids of the last layers with weights before the outputs, and of all after them."""
-    found, tensors = set(), list(model.outputs)
-    seen = {id(tensor) for tensor in tensors}
-    for tensor in tensors:  # grows while it is walked
-        found.add(id(graph.producer(tensor)))
-        if getattr(graph.producer(tensor), "weights", None):
-            continue
-        for earlier in graph.call_of(tensor)[0]:
-            if id(earlier) not in seen:
-                seen.add(id(earlier))
-                tensors.append(earlier)
-    return found
+    tensors = graph.backwards(
+        *model.outputs, through=lambda tensor: not getattr(producer(tensor), "weights", None)
+    )
+    return {id(producer(tensor)) for tensor in tensors}
 
 
-def _foldable(model, keep):
+def _foldable(model: keras.Model, keep: Collection[str]) -> dict[int, tuple[Any, Any]]:
     """Returns `(layer, batch norm)` by the layer's id, for all pairs that can become one."""
     tensors = graph.backwards(*model.outputs)
-    calls, uses = {}, {}
-    for tensor in tensors:
-        # All outputs of a call that has several count: such a layer is none of those looked for.
-        calls.setdefault(id(graph.producer(tensor)), []).append(tensor)
-        for used in graph.call_of(tensor)[0]:
-            uses[id(used)] = uses.get(id(used), 0) + 1
-    for tensor in model.outputs:
-        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    # How many tensors a layer gives, and how many calls read a tensor.
+    calls = Counter(id(producer(tensor)) for tensor in tensors)
+    uses = Counter(id(tensor) for tensor in model.outputs)
+    uses.update(id(used) for tensor in tensors for used in call_of(tensor)[0])
     found = {}
     for tensor in tensors:
-        norm, (inputs, arguments) = graph.producer(tensor), graph.call_of(tensor)
+        norm, (inputs, arguments) = producer(tensor), call_of(tensor)
         if type(norm) is not layers.BatchNormalization or len(inputs) != 1:
             continue
-        layer = graph.producer(inputs[0])
+        layer = producer(inputs[0])
         if (
-            len(calls[id(norm)]) == len(calls[id(layer)]) == uses[id(inputs[0])] == 1
+            calls[id(norm)] == calls[id(layer)] == uses[id(inputs[0])] == 1
             and not arguments.get("training")
             and layer.name not in keep
             and _is_linear(layer)
@@ -187,7 +170,7 @@ def _foldable(model, keep):
     return found
 
 
-def _is_linear(layer):
+def _is_linear(layer: Any) -> bool:
     return (
         type(layer) in _SCALED
         and layer.activation is keras.activations.linear
@@ -196,19 +179,21 @@ def _is_linear(layer):
     )
 
 
-def _is_quantised(layer):
+def _is_quantised(layer: Any) -> bool:
     return getattr(layer, "quantization_mode", None) is not None
 
 
-def _channel_axis(layer, tensor):
+def _channel_axis(layer: Any, tensor: keras.KerasTensor) -> int:
     first = getattr(layer, "data_format", "channels_last") == "channels_first"
     return 1 if first else len(tensor.shape) - 1
 
 
-def _bias_goes_astray(layer, tensor):
-    """Whether the bias would be added along the width: so does Keras 3.15 on TensorFlow in
-    channels-first maps that are as wide as they have channels, since its `ops.add` takes the last
-    axis for the channels'."""
+def _bias_goes_astray(layer: Any, tensor: keras.KerasTensor) -> bool:
+    """Returns whether Keras would add the bias along the width.
+
+    Keras 3.15 does so on TensorFlow, in channels-first maps that are as wide as they have channels:
+    its `ops.add` takes the last axis for that of the channels.
+    """
     return (
         keras.backend.backend() == "tensorflow"
         and len(tensor.shape) > 2
@@ -217,7 +202,7 @@ def _bias_goes_astray(layer, tensor):
     )
 
 
-def _copied(layer, norm, dtype):
+def _copied(layer: Any, norm: Any, dtype: str | None) -> Any:
     """Returns a new layer like `layer`, ready to be called; with the name of `norm`, if any."""
     try:
         config = layer.get_config()
@@ -230,7 +215,7 @@ def _copied(layer, norm, dtype):
             config["dtype"] = _policy(layer, dtype)
         if isinstance(layer, layers.Lambda):
             copy = layers.Lambda.from_config(config, safe_mode=False)  # nothing is read from a file
-            copy.function = layer.function  # with what it finds around it
+            copy.function = layer.function  # a configuration loses the variables around it
             return copy
         return type(layer).from_config(config)
     except Exception as error:  # whatever a layer of the user's raises
@@ -241,22 +226,22 @@ def _copied(layer, norm, dtype):
         ) from error
 
 
-def _keeps_dtype(layer):
+def _keeps_dtype(layer: Any) -> bool:
     return isinstance(layer, layers.InputLayer) or _is_quantised(layer)
 
 
-def _policy(layer, dtype):
-    # Their statistics are no matter for half precision.
+def _policy(layer: Any, dtype: str) -> str:
+    # Half precision is too coarse for the statistics of both kinds.
     if isinstance(layer, layers.Normalization):
         return "float32"
     half = isinstance(layer, layers.BatchNormalization) and dtype != "float32"
     return f"mixed_{dtype}" if half else dtype
 
 
-def _set_folded(folded, layer, norm):
+def _set_folded(folded: Any, layer: Any, norm: Any) -> None:
     """Gives `folded` the weights that do the work of `layer` and `norm`, computed in float64."""
 
-    def values(variable, default):
+    def values(variable: Any, default: Any) -> Any:
         if variable is None:
             return default
         return keras.ops.convert_to_numpy(variable).astype("float64")
@@ -276,6 +261,3 @@ def _set_folded(folded, layer, norm):
                 shape[axis] = value.shape[axis]
             value = value * scale.reshape(shape)
         getattr(folded, name).assign(value)
-
-
-_KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel")

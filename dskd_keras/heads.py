@@ -1,11 +1,13 @@
 """Auxiliary heads on the student's shallow layers, and the one graph that computes all of them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import layers
 
 from dskd_keras import graph
+from dskd_keras.keras_internals import input_structure
 
 
 class Outputs(NamedTuple):
@@ -20,8 +22,8 @@ class Outputs(NamedTuple):
     """
 
     logits: Any
-    deep_logits: dict
-    deep_features: dict
+    deep_logits: dict[str, Any]
+    deep_features: dict[str, Any]
 
 
 # The layers that a head is made of, by the rank of the feature map that it sits on.
@@ -35,28 +37,35 @@ _POOLINGS = {
 }
 
 
-def attach(student, names, teacher_shape, num_classes, predictions=True, features=True, dtype=None):
+def attach(
+    student: keras.Model,
+    names: Sequence[str],
+    teacher_shape: Sequence[int],
+    num_classes: int,
+    predictions: bool = True,
+    features: bool = True,
+    dtype: Any = None,
+) -> keras.Model:
     """Builds the multi-output graph of a student with its auxiliary heads.
 
     Every head is a projector followed by pooling and a classifier. The projector halves the map
-    with separable convolutions of stride 2 until it has the teacher's size (the shape of head that
-    "Be Your Own Teacher", Zhang et al., ICCV 2019, puts on shallow layers), then brings it to the
-    teacher's channels with a linear 1×1 convolution. It ends without an activation, because a
-    teacher's feature map may be negative.
+    with separable convolutions of stride 2 until it has the teacher's size, as the heads of "Be
+    Your Own Teacher" (Zhang et al., ICCV 2019) do. Then a 1×1 convolution brings it to the
+    teacher's channels. No activation follows, because a teacher's feature map may be negative.
 
     Args:
         student: A functional model with logits `[B, C]`.
         names: Names of the student's shallow layers.
         teacher_shape: The teacher's feature map without the batch, channels last: `(H, W, D)`,
-            `(T, D)` or `(D,)`.
+            `(T, D)` or `(D,)`. Not used without `names`.
         num_classes: C.
         predictions: Whether heads get a classifier.
         features: Whether the projected maps are outputs.
         dtype: The heads' dtype policy. Defaults to Keras's global one.
 
     Returns:
-        A functional model with the student's inputs and an `Outputs`. It shares the student's
-        layers, so one forward pass gives everything.
+        A functional model with the student's inputs, whose output is an `Outputs`. It shares the
+        student's layers, so one forward pass gives everything.
 
     Raises:
         InputError: A name is unknown, or its layer has no usable feature map.
@@ -71,27 +80,33 @@ def attach(student, names, teacher_shape, num_classes, predictions=True, feature
         if features:
             deep_features[name] = projected
     outputs = Outputs(student.outputs[0], deep_logits, deep_features)
-    return keras.Model(graph.input_structure(student), outputs, name=f"{student.name}_with_heads")
+    return keras.Model(input_structure(student), outputs, name=f"{student.name}_with_heads")
 
 
 class _Head:
-    """Names and precision of one head's layers."""
+    """The layers of one head.
 
-    def __init__(self, name, dtype):
+    Args:
+        name: The student's layer that it sits on.
+        dtype: Dtype policy of its layers.
+    """
+
+    def __init__(self, name: str, dtype: Any) -> None:
         # A slash would be a new scope in a TensorFlow graph and a folder in a weights file.
         self.prefix = f"head_{name.replace('/', '_')}"
         self.dtype = dtype
 
-    def project(self, x, teacher_shape):
+    def project(self, x: keras.KerasTensor, teacher_shape: Sequence[int]) -> keras.KerasTensor:
+        """Returns a feature map, channels last, brought to the teacher's shape."""
         *size, channels = teacher_shape
         if len(x.shape) != len(teacher_shape) + 1 and len(x.shape) > 2:
-            # Unlike kinds of maps are compared by their averages over positions.
+            # Maps of different kinds are compared by their averages over positions.
             x = self._pool(x)
         if len(x.shape) == 2:
             x = self._activate(layers.Dense(channels, use_bias=False, **self._named("dense")), x)
             return layers.Dense(channels, **self._named("projection"))(x)
         separable, convolution = _CONVOLUTIONS[len(x.shape)]
-        # Positions are never made up: where the student has fewer, the teacher's are pooled.
+        # Where the student has fewer positions, the loss pools the teacher's.
         size = [min(own, other) for own, other in zip(x.shape[1:-1], size, strict=True)]
         block = 0
         while block == 0 or _can_halve(x, size):
@@ -117,25 +132,26 @@ class _Head:
         )
         return project(x)
 
-    def classify(self, x, num_classes):
+    def classify(self, x: keras.KerasTensor, num_classes: int) -> keras.KerasTensor:
+        """Returns the logits `[B, C]` of a projected feature map."""
         if len(x.shape) > 2:
             x = self._pool(x)
         # Logits leave in float32 whatever the student's precision is.
         return layers.Dense(num_classes, name=f"{self.prefix}_logits", dtype="float32")(x)
 
-    def _pool(self, x):
+    def _pool(self, x: keras.KerasTensor) -> keras.KerasTensor:
         _, pooling = _POOLINGS[len(x.shape)]
         return pooling(data_format="channels_last", **self._named("pool"))(x)
 
-    def _activate(self, layer, x):
+    def _activate(self, layer: Any, x: keras.KerasTensor) -> keras.KerasTensor:
         x = layers.BatchNormalization(
             momentum=0.9, epsilon=1e-5, name=f"{layer.name}_bn", dtype=self.dtype
         )(layer(x))
         return layers.ReLU(name=f"{layer.name}_relu", dtype=self.dtype)(x)
 
-    def _named(self, part):
+    def _named(self, part: str) -> dict[str, Any]:
         return {"name": f"{self.prefix}_{part}", "dtype": self.dtype}
 
 
-def _can_halve(x, size):
+def _can_halve(x: keras.KerasTensor, size: Sequence[int]) -> bool:
     return all(own >= 2 * target for own, target in zip(x.shape[1:-1], size, strict=True))

@@ -1,14 +1,17 @@
 """The compiled loss on the labels, with one value an image as all other terms have."""
 
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
-from dskd_keras.errors import InputError
+from dskd_keras.errors import InputError, wrong
 
 _EXAMPLE = "keras.losses.SparseCategoricalCrossentropy(from_logits=True)"
 
 
-def check_loss(compiled):
+def check_loss(compiled: Any) -> Any:
     """Returns what `compile(loss=...)` got as an object or function on logits.
 
     Args:
@@ -20,7 +23,7 @@ def check_loss(compiled):
     if compiled is None:
         raise InputError(f"loss: None, but label_weight needs one: compile(loss={_EXAMPLE}).")
     if isinstance(compiled, (list, tuple, dict)):
-        raise InputError("loss should be a single loss: the student has one output.")
+        raise wrong("loss", compiled, "a single loss, since the student has one output")
     loss = keras.losses.get(compiled)
     # Keras's losses on probabilities have this switch; a bare function or a name can't be told.
     from_logits = getattr(loss, "from_logits", None)
@@ -28,17 +31,17 @@ def check_loss(compiled):
         name = getattr(loss, "name", None) or loss.__name__
         raise InputError(
             f"loss: '{name}' expects probabilities, but the student gives logits. Use the class "
-            f"with from_logits=True, e.g. {_EXAMPLE}."
+            f"with from_logits=True, such as {_EXAMPLE}."
         )
     if getattr(loss, "reduction", "mean") not in ("sum_over_batch_size", "mean"):
         raise InputError(
-            f"loss: reduction={loss.reduction!r}, but every term of the objective is averaged "
-            "alike: reduction='sum_over_batch_size', Keras's default."
+            f"loss: reduction={loss.reduction!r}, but all terms of the objective are averaged over "
+            "the batch. Use reduction='sum_over_batch_size', Keras's default."
         )
     return loss
 
 
-def per_image_loss(compiled, label, logits):
+def per_image_loss(compiled: Any, label: Any, logits: Any) -> Any:
     """Returns the compiled loss for each image, `[B]`, before any reduction.
 
     Args:
@@ -60,17 +63,18 @@ def per_image_loss(compiled, label, logits):
     rank = len(values.shape)
     if rank == 0:
         raise InputError(
-            f"loss: {loss!r} gives one value for the whole batch; one for each image is needed."
+            f"loss: {loss!r} gives one value for the whole batch. One for each image is needed."
         )
     return values if rank == 1 else ops.mean(values, axis=tuple(range(1, rank)))
 
 
-def check_range(label, compiled, classes):
+def check_range(label: np.ndarray, compiled: Any, classes: int) -> None:
     """Raises `InputError` where class indices lie outside the classes.
 
     Args:
         label: Array of labels.
-        compiled: The compiled loss; others than `SparseCategoricalCrossentropy` are passed over.
+        compiled: The compiled loss. Nothing is checked unless it is a
+            `SparseCategoricalCrossentropy`.
         classes: Number of classes.
     """
     sparse = isinstance(compiled, keras.losses.SparseCategoricalCrossentropy)
@@ -78,12 +82,12 @@ def check_range(label, compiled, classes):
         return
     lowest, highest = label.min(), label.max()
     if lowest < 0 or highest >= classes:
-        wrong = lowest if lowest < 0 else highest
+        outside = lowest if lowest < 0 else highest
         raise InputError(
-            f"y: label {wrong} is outside the student's {classes} classes, 0 to {classes - 1}."
+            f"y: label {outside} is outside the student's {classes} classes, 0 to {classes - 1}."
         )
 
 
-def _is_keras_crossentropy(loss):
+def _is_keras_crossentropy(loss: Any) -> bool:
     module, name = getattr(loss, "__module__", ""), getattr(loss, "__name__", "")
     return module.startswith("keras.") and "crossentropy" in name

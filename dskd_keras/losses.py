@@ -1,11 +1,11 @@
 """The two distances between teacher and student, as Keras losses that give one value an image."""
 
-import math
+from typing import Any
 
 import keras
 from keras import ops
 
-from dskd_keras.errors import InputError
+from dskd_keras import checks
 
 
 @keras.saving.register_keras_serializable("dskd_keras")
@@ -17,7 +17,7 @@ class KLDivergence(keras.losses.Loss):
     (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", section 2).
 
     Args:
-        temperature: Positive float τ. Defaults to 4.0, the literature's value on CIFAR-100.
+        temperature: Positive number τ. Defaults to 4.0, the literature's value on CIFAR-100.
         reduction: As in `keras.losses.Loss`. `call` itself never reduces.
         name: Optional name.
         dtype: The dtype of the computation. Defaults to `keras.config.floatx()`.
@@ -31,22 +31,22 @@ class KLDivergence(keras.losses.Loss):
 
     def __init__(
         self,
-        temperature=4.0,
-        reduction="sum_over_batch_size",
-        name="kl_divergence",
-        dtype=None,
-    ):
+        temperature: float = 4.0,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "kl_divergence",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.temperature = check_temperature("temperature", temperature)
+        self.temperature = checks.real("temperature", temperature, above=0)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         """Returns the divergence of `y_pred` from `y_true`, both logits `[B, C]`, as `[B]`."""
         log_p = ops.log_softmax(ops.divide(y_true, self.temperature), axis=-1)
         log_q = ops.log_softmax(ops.divide(y_pred, self.temperature), axis=-1)
         divergence = ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
         return self.temperature**2 * divergence
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this loss."""
         return {**super().get_config(), "temperature": self.temperature}
 
@@ -58,8 +58,8 @@ class FeatureMeanSquaredError(keras.losses.Loss):
     `keras.losses.MeanSquaredError` averages the last axis alone, so that on `[B, H, W, C]` a
     `sample_weight` of shape `[B]` would be aligned with W.
 
-    Where the teacher's map is the larger one it is average-pooled to the student's size. Maps of
-    unlike kinds (a sequence and an image, say) are compared by their averages over positions.
+    Where the teacher's map is the larger one, it is average-pooled to the student's size. Maps of
+    different kinds, such as a sequence and an image, are compared by their averages over positions.
 
     Args:
         reduction: As in `keras.losses.Loss`. `call` itself never reduces.
@@ -67,16 +67,20 @@ class FeatureMeanSquaredError(keras.losses.Loss):
         dtype: The dtype of the computation. Defaults to `keras.config.floatx()`.
 
     Shapes:
-        `y_true`, the teacher's: `[B, H, W, D]`, `[B, T, D]` or `[B, D]`, channels last.
-        `y_pred`, the student's, projected to the same D: likewise. `call` returns `[B]`.
+        `y_true`, the teacher's map: `[B, H, W, D]`, `[B, T, D]` or `[B, D]`, channels last.
+        `y_pred`, the student's map, projected to the same D: one of these shapes too.
+        `call` returns `[B]`.
     """
 
     def __init__(
-        self, reduction="sum_over_batch_size", name="feature_mean_squared_error", dtype=None
-    ):
+        self,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "feature_mean_squared_error",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         """Returns the mean squared difference of `y_true` and `y_pred` for each image, `[B]`."""
         if len(y_true.shape) != len(y_pred.shape):
             y_true, y_pred = _mean_over_positions(y_true), _mean_over_positions(y_pred)
@@ -87,30 +91,6 @@ class FeatureMeanSquaredError(keras.losses.Loss):
         return ops.mean(difference, axis=tuple(range(1, len(difference.shape))))
 
 
-def check_temperature(field, value):
-    """Returns `value` as a float, or raises `InputError` unless it is positive and finite."""
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
-        raise InputError(f"{field} should be a positive number. Received: {value!r}.")
-    return float(value)
-
-
-def check_coefficient(field, value):
-    """Returns `value` as a float, or raises `InputError` unless it is finite and not negative."""
-    if not _is_number(value) or not math.isfinite(value) or value < 0:
-        raise InputError(
-            f"{field} should be a finite number that is not negative. Received: {value!r}."
-        )
-    return float(value)
-
-
-def _is_number(value):
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, (str, bool))
-
-
-def _mean_over_positions(x):
+def _mean_over_positions(x: Any) -> Any:
     axes = tuple(range(1, len(x.shape) - 1))
     return ops.mean(x, axis=axes) if axes else x

@@ -1,15 +1,18 @@
 """The frozen teacher, as the training step needs it."""
 
+from typing import Any
+
 import keras
 
 from dskd_keras import graph
+from dskd_keras.keras_internals import input_structure
 from dskd_keras.tracing import Traced
 
 
 class FrozenTeacher:
     """A teacher that is run and never changed.
 
-    It is no Keras layer on purpose: a tracked teacher would enter every `save_weights`,
+    It is no Keras layer on purpose. Keras would track a layer: it would enter every `save_weights`,
     `get_weights` and summary of the distiller, would be unfrozen by `distiller.trainable = True`,
     and would add its regularisation losses.
 
@@ -23,7 +26,8 @@ class FrozenTeacher:
 
     Attributes:
         model: The model as given.
-        feature_shape: Shape of the feature map without the batch, channels last, or None.
+        feature_shape: Shape of the feature map without the batch, channels last. Empty without
+            features.
         output_names: The keys of its outputs: "features", "logits".
         variables: All variables of the model, none of them trainable.
 
@@ -31,10 +35,21 @@ class FrozenTeacher:
         InputError: `layer` is unknown or gives no usable feature map.
     """
 
-    def __init__(self, model, predictions=True, features=True, layer=None):
+    model: keras.Model
+    feature_shape: tuple[int, ...]
+    output_names: list[str]
+    variables: list[keras.Variable]
+
+    def __init__(
+        self,
+        model: keras.Model,
+        predictions: bool = True,
+        features: bool = True,
+        layer: str | None = None,
+    ) -> None:
         self.model = model
         model.trainable = False
-        opened, outputs, self.feature_shape = model, {}, None
+        opened, outputs, self.feature_shape = model, {}, ()
         if features:
             if layer is None:
                 tensor = graph.last_feature_map(model)
@@ -44,20 +59,18 @@ class FrozenTeacher:
             self.feature_shape = tuple(outputs["features"].shape[1:])
         if predictions:
             outputs["logits"] = _single_precision(opened.outputs[0])
-        self._graph = keras.Model(
-            graph.input_structure(opened), outputs, name=f"{model.name}_frozen"
-        )
+        self._graph = keras.Model(input_structure(opened), outputs, name=f"{model.name}_frozen")
         self._traced = Traced(self._graph) if keras.backend.backend() == "torch" else None
         self.output_names = list(outputs)
         self.variables = self._graph.variables
 
-    def __call__(self, x, variables=None):
+    def __call__(self, x: Any, variables: list[Any] | None = None) -> dict[str, Any]:
         """Runs the teacher in inference mode.
 
         Args:
             x: A batch of inputs.
-            variables: The values of `self.variables`, where the variables themselves hold none (in
-                a JAX training step).
+            variables: The values of `self.variables`, for a JAX training step, in which the
+                variables themselves hold none. Defaults to the variables' own values.
 
         Returns:
             A dict of what was asked for, in float32 (or float64) whatever the teacher's precision
@@ -70,11 +83,13 @@ class FrozenTeacher:
         outputs, _ = self._graph.stateless_call([], variables, x, training=False)
         return outputs
 
-    def predict(self, x, batch_size=None, verbose=0):
+    def predict(
+        self, x: Any, batch_size: int | None = None, verbose: str | int = 0
+    ) -> dict[str, Any]:
         """Returns the same dict for all of `x`, computed in batches, as NumPy arrays."""
         return self._graph.predict(x, batch_size=batch_size, verbose=verbose)
 
 
-def _single_precision(tensor):
+def _single_precision(tensor: keras.KerasTensor) -> keras.KerasTensor:
     half = tensor.dtype in ("float16", "bfloat16")
     return keras.ops.cast(tensor, "float32") if half else tensor

@@ -1,40 +1,48 @@
 """On PyTorch: a frozen model as a flat list of operations, traced once for each shape of a batch.
 
-There Keras goes through the layers one by one in every step, which costs a large model more than
-its convolutions on a fast device, and copies feature maps between memory layouts on the way into
-and out of every convolution, which PyTorch's convolutions don't need (docs/speed.md).
+Keras on PyTorch goes through the layers one by one in every step. On a fast device this costs a
+large model more than its convolutions do. It also copies feature maps between memory layouts before
+and after every convolution, which PyTorch's convolutions don't need (docs/speed.md).
 """
+
+import re
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 
-# Batches of a data set have two shapes, the last one being smaller. Whoever has a new one in every
-# step is not to trace in every step.
+# The batches of a data set have two shapes, since the last batch is smaller. A user who has a new
+# shape in every step should not wait for a new trace in every step.
 _SHAPES = 8
-# A trace is used where its outputs are those of the model, but for the order of sums.
+# A trace is used where its outputs differ from the model's by no more than the order of sums does.
 _TOLERANCE = 1e-3
 
 
 class Traced:
     """Calls a model in inference mode, through a trace where one can be made.
 
-    A trace is checked against the model on the batch that it was made with. A model that can't be
-    traced, or whose trace gives other outputs (because it draws random numbers, say), is called as
-    it is. Weights are not copied: a trace sees them change.
+    A trace is checked against the model on the batch that it was made with. The model itself is
+    called where it can't be traced, where its trace gives other outputs (because it draws random
+    numbers, say), and for batches of a ninth shape. A warning says so, once. Weights are not
+    copied: a trace sees them change.
 
     Args:
         model: A functional model.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         self._model = model
-        self._traces = {}
+        self._traces: dict[Any, Callable[[Any], Any] | None] = {}
+        self._warned = False
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> Any:
         """Returns the model's outputs for a batch."""
         import torch
 
-        # Of `train_on_batch` the step gets the arrays that the user gave.
+        # `train_on_batch` hands on the arrays that the user gave.
         x = keras.tree.map_structure(
             lambda leaf: (
                 keras.ops.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
@@ -45,22 +53,35 @@ class Traced:
         traceable = all(isinstance(leaf, torch.Tensor) for leaf in leaves) and not (
             torch.compiler.is_compiling() or any(leaf.is_meta for leaf in leaves)
         )
-        if not traceable:
-            return self._model(x, training=False)
-        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
-        if key not in self._traces:
-            if len(self._traces) == _SHAPES:
-                return self._model(x, training=False)
-            self._traces[key] = _trace(self._model, x)
-        trace = self._traces[key]
+        trace = self._trace_for(x, leaves) if traceable else None
         if trace is None:
             return self._model(x, training=False)
         with torch.no_grad():
             return trace(x)
 
+    def _trace_for(self, x: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
+        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
+        if key not in self._traces:
+            if len(self._traces) == _SHAPES:
+                self._warn(f"its batches have more than {_SHAPES} shapes")
+                return None
+            self._traces[key], reason = _trace(self._model, x)
+            if reason:
+                self._warn(reason)
+        return self._traces[key]
 
-def _trace(model, x):
-    """Returns a function of a batch, None where that would not be the model's."""
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The model '{self._model.name}' runs layer by layer, not as a trace: {reason}. "
+                "This is slower and changes nothing else.",
+                stacklevel=2,
+            )
+
+
+def _trace(model: keras.Model, x: Any) -> tuple[Callable[[Any], Any] | None, str]:
+    """Returns a function of a batch, or None and the reason why there is none."""
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -70,24 +91,29 @@ def _trace(model, x):
             trace = make_fx(lambda x: model(x, training=False))(x)
             _keep_layouts(trace)
             outputs = trace(x)
-        except Exception:
-            # Whatever a layer does that can't be traced: the model itself can do it.
-            return None
+        except Exception as error:  # whatever a layer does that can't be traced
+            return None, f"PyTorch can't trace it ({_in_one_line(error)})"
     same = all(
         a.shape == b.shape and bool((a - b).abs().max() <= _TOLERANCE * a.abs().max())
         for a, b in zip(keras.tree.flatten(expected), keras.tree.flatten(outputs), strict=True)
     )
-    return trace if same else None
+    return (trace, "") if same else (None, "its trace gives other outputs, as random layers do")
 
 
-def _keep_layouts(trace):
+def _in_one_line(error: Exception) -> str:
+    """Returns what an error says. Keras's begin with the layer and have the reason in bold."""
+    lines = [line for line in re.sub(r"\x1b\[\d+m", "", str(error)).splitlines() if line.strip()]
+    return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" …") or type(error).__name__
+
+
+def _keep_layouts(trace: Any) -> None:
     """Takes the copies out of a trace that only change the memory layout."""
     import torch
 
     operations = [node for node in trace.graph.nodes if node.op == "call_function"]
     if any(getattr(node.target, "_schema", None) is None or node.target._schema.is_mutable
            for node in operations):  # fmt: skip
-        return  # what is changed in place may have been copied for that
+        return  # a tensor that is changed in place may have been copied for that
     for node in operations:
         if node.target is torch.ops.aten.clone.default:
             node.replace_all_uses_with(node.args[0])

@@ -1,21 +1,24 @@
-"""Loss-based weight allocation: how much each supervised layer counts, from its current loss."""
+"""Weighting strategies: how much each supervised layer counts, given its current loss."""
+
+from typing import Any
 
 import keras
 from keras import ops
 
-from dskd_keras.errors import InputError, unknown_name
-from dskd_keras.losses import check_temperature
+from dskd_keras import checks
+from dskd_keras.errors import InputError, unknown_name, wrong
 
 
 class Weighting(keras.layers.Layer):
-    """Allocates one weight to each supervised layer. Subclasses implement `call`.
+    """Gives each supervised layer its weight, the allocation. Subclasses implement `call`.
 
-    A strategy is a Keras layer, so that a state (a moving average of the losses, say) is held in
-    variables made with `add_weight` that the distiller tracks, saves and restores. The distiller
-    keeps two copies of it, one for the class-prediction losses and one for the feature-map losses.
+    A strategy is a Keras layer. It can hold a state, such as a moving average of the losses, in
+    variables made with `add_weight`, which the distiller tracks, saves and restores. The distiller
+    keeps two copies of a strategy: one for the class-prediction losses, one for the feature-map
+    losses.
 
-    The paper's abstract (arXiv 2202.07846) says that the allocation depends on the losses and no
-    more; the formulas here are this project's.
+    The paper's abstract (arXiv 2202.07846) says only that the allocation depends on the losses. The
+    formulas here are this project's.
 
     Args:
         name: Optional name.
@@ -25,8 +28,8 @@ class Weighting(keras.layers.Layer):
 
     Returns:
         float32 `[L]`, not negative, summing to 1. One layer gets weight 1. Infinite losses take all
-        the weight (in equal parts), so that a diverging layer shows in the total as infinite rather
-        than as NaN.
+        the weight, in equal parts, so that the loss of a diverging layer makes the total infinite
+        rather than NaN.
 
     Example:
 
@@ -39,33 +42,33 @@ class Weighting(keras.layers.Layer):
     ```
     """
 
-    def __init__(self, name=None, **kwargs):
+    def __init__(self, name: str | None = None, **kwargs: Any) -> None:
         # Losses stay in float32 whatever the student's precision is.
         kwargs["dtype"] = "float32"
         super().__init__(name=name, **kwargs)
 
-    def __call__(self, losses):
-        """Returns the weights `[L]` for losses `[L]`, infinite ones included."""
+    def __call__(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for losses `[L]`, which may be infinite."""
         losses = ops.stop_gradient(ops.convert_to_tensor(losses, dtype="float32"))
         infinite = ops.isinf(losses)
-        # Strategies see finite values in any case: 0 · inf would turn both branches into NaN.
+        # `call` gets finite values in any case: 0 · inf would turn both branches into NaN.
         weights = super().__call__(ops.where(infinite, ops.zeros_like(losses), losses))
         if tuple(weights.shape) != tuple(losses.shape):
             raise InputError(
-                f"weighting: {type(self).__name__}.call should give one weight a layer, "
-                f"{tuple(losses.shape)}. It gives {tuple(weights.shape)}."
+                f"weighting: {type(self).__name__}.call gives the shape {tuple(weights.shape)}, "
+                f"which should be one weight a layer, {tuple(losses.shape)}."
             )
         infinite = ops.cast(infinite, "float32")
         count = ops.sum(infinite)
         weights = ops.where(count > 0, infinite / ops.maximum(count, 1.0), weights)
         return ops.stop_gradient(weights)
 
-    def call(self, losses):
-        """Returns the weights `[L]` for finite losses `[L]`."""
+    def call(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for finite losses `[L]`."""
         raise NotImplementedError(f"{type(self).__name__} should implement call(losses).")
 
-    def compute_output_spec(self, losses):
-        """Returns the weights' shape and dtype, which are the losses'."""
+    def compute_output_spec(self, losses: keras.KerasTensor) -> keras.KerasTensor:
+        """Returns the shape and dtype of the allocation, which are those of the losses."""
         return keras.KerasTensor(losses.shape, dtype="float32")
 
 
@@ -73,25 +76,25 @@ class Weighting(keras.layers.Layer):
 class Softmax(Weighting):
     """`softmax(losses / temperature)`: a layer with a larger loss lags and gets more weight.
 
-    Losses of the same size give nearly uniform weights; a smaller temperature sharpens them.
+    Losses of similar size give a nearly uniform allocation; a smaller temperature sharpens it.
 
     Args:
-        temperature: Positive float, in units of the losses. Defaults to 1.0.
+        temperature: Positive number, in units of the losses. Defaults to 1.0.
         name: Optional name.
     """
 
-    def __init__(self, temperature=1.0, name=None, **kwargs):
+    def __init__(self, temperature: float = 1.0, name: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
-        self.temperature = check_temperature("weighting temperature", temperature)
+        self.temperature = checks.real("weighting temperature", temperature, above=0)
 
-    def call(self, losses):
-        """Returns the weights `[L]` for finite losses `[L]`."""
+    def call(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for finite losses `[L]`."""
         if losses.shape[0] == 1:
             return ops.ones_like(losses)
-        # The maximum goes first: a large loss over a small temperature would overflow.
+        # The maximum is subtracted first: a large loss over a small temperature would overflow.
         return ops.softmax((losses - ops.max(losses)) / self.temperature, axis=-1)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this strategy."""
         return {**super().get_config(), "temperature": self.temperature}
 
@@ -100,12 +103,12 @@ class Softmax(Weighting):
 class Proportional(Weighting):
     """`losses / Σ losses`: larger loss, larger weight, whatever the losses' scale."""
 
-    def call(self, losses):
-        """Returns the weights `[L]` for finite losses `[L]`."""
+    def call(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for finite losses `[L]`."""
         if losses.shape[0] == 1:
             return ops.ones_like(losses)
-        # As the softmax of logarithms neither the sum nor the quotient can overflow. The least
-        # normal number stands for zero, and for the negative divergence that rounding can leave.
+        # As the softmax of logarithms neither the sum nor the quotient can overflow. The smallest
+        # normal number replaces zero, and the slightly negative divergence that rounding can leave.
         return ops.softmax(ops.log(ops.maximum(losses, 1.2e-38)), axis=-1)
 
 
@@ -113,12 +116,12 @@ class Proportional(Weighting):
 class Inverse(Weighting):
     """`(1 − softmax(losses)) / (L − 1)`: smaller loss, larger weight.
 
-    The form that CA-MKD ("Confidence-Aware Multi-Teacher Knowledge Distillation", Zhang, Chen and
-    Wang, ICASSP 2022) gives to several teachers.
+    CA-MKD ("Confidence-Aware Multi-Teacher Knowledge Distillation", Zhang, Chen and Wang, ICASSP
+    2022) weighs several teachers in this form.
     """
 
-    def call(self, losses):
-        """Returns the weights `[L]` for finite losses `[L]`."""
+    def call(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for finite losses `[L]`."""
         layers = losses.shape[0]
         if layers == 1:
             return ops.ones_like(losses)
@@ -129,12 +132,12 @@ class Inverse(Weighting):
 class Uniform(Weighting):
     """`1 / L`: the baseline of an ablation."""
 
-    def call(self, losses):
-        """Returns the weights `[L]` for finite losses `[L]`."""
+    def call(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for finite losses `[L]`."""
         return ops.ones_like(losses) / losses.shape[0]
 
 
-_STRATEGIES = {
+_STRATEGIES: dict[str, type[Weighting]] = {
     "softmax": Softmax,
     "proportional": Proportional,
     "inverse": Inverse,
@@ -142,20 +145,21 @@ _STRATEGIES = {
 }
 
 
-def names():
+def names() -> list[str]:
     """Returns the names of the built-in strategies."""
     return list(_STRATEGIES)
 
 
-def get(identifier):
+def get(identifier: str | dict[str, Any] | Weighting) -> Weighting:
     """Returns the weighting strategy for a name, a configuration or an object.
 
     Args:
-        identifier: A name (`"softmax"`, `"proportional"`, `"inverse"`, `"uniform"`), what
-            `keras.saving.serialize_keras_object` made of a strategy, or a `Weighting`.
+        identifier: A name (`"softmax"`, `"proportional"`, `"inverse"`, `"uniform"`), a
+            configuration that `keras.saving.serialize_keras_object` made of a strategy, or a
+            `Weighting`.
 
     Returns:
-        A `Weighting`: a new one, or the object given.
+        A new strategy, or the object given.
 
     Raises:
         InputError: The name is unknown, or the object is no `Weighting`.
@@ -170,7 +174,8 @@ def get(identifier):
         strategy = keras.saving.deserialize_keras_object(identifier)
         if isinstance(strategy, Weighting):
             return strategy
-    raise InputError(
-        f"weighting should be one of {', '.join(_STRATEGIES)}, a configuration or a "
-        f"dskd_keras.weighting.Weighting. Received: {identifier!r}."
+    raise wrong(
+        "weighting",
+        identifier,
+        f"one of {', '.join(_STRATEGIES)}, a configuration or a dskd_keras.weighting.Weighting",
     )

@@ -1,10 +1,10 @@
-import os
+from dskd_commands import startup
 
 # As train.py: the same kernels, and so the same bits, in this process and in those it starts.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+startup.set_tensorflow_options()
 
-import keras
-import pytest
+import keras  # noqa: E402
+import pytest  # noqa: E402
 
 
 def pytest_configure(config):
@@ -13,6 +13,7 @@ def pytest_configure(config):
         "once: no backend has a part in what is tested, and it takes long: run on PyTorch alone, "
         "which compiles nothing",
     )
+    config.addinivalue_line("markers", "slow: takes over 8 s; `make check` leaves it out")
 
 
 def pytest_collection_modifyitems(items):

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import forks
 
 import tune
-from dskd_keras import artifacts, checkpoints
-from dskd_keras.tuning import results, search, trials  # noqa: F401
+from dskd_keras import files, weighting
+from dskd_keras.experiment import checkpoints
+from dskd_keras.tuning import ranking, search, search_pictures, trials  # noqa: F401
 
 moment = None
 counts = collections.Counter()
@@ -49,10 +50,12 @@ def write(path, data):
 for owner, name, what in (
     (checkpoints.Checkpointer, "on_train_batch_end", "step"),
     (trials.Trials, "on_trial_end", "trained"),
-    (results, "write_csv", "ended"),
+    (ranking, "write_csv", "ended"),
 ):
     forks.before(owner, name, lambda *_, _what=what, **__: reach(_what))
-write_bytes, artifacts.write_bytes = artifacts.write_bytes, write
+write_bytes, files.write_bytes = files.write_bytes, write
+# They take seconds, in every process.
+search_pictures.parameters = search_pictures.progress = lambda results: None
 
 
 def main(wanted, argv):
@@ -61,4 +64,6 @@ def main(wanted, argv):
     return tune.main(argv)
 
 
+# Here Keras imports TensorFlow, where it is installed: once for all the processes.
+weighting.get("softmax").get_config()
 forks.run(main)

@@ -21,6 +21,7 @@ from dskd_keras.callbacks import (
     Throughput,
 )
 from dskd_keras.errors import TrainingError
+from dskd_keras.progress import Place
 
 BACKEND = keras.backend.backend()
 LAYERS = ["stage1", "stage2"]
@@ -54,6 +55,7 @@ def shared():
     distiller = _shared["distiller"]
     for variable, value in zip(everything(distiller), _shared["values"], strict=True):
         variable.assign(value)
+    distiller.resumed_at = Place()
     return distiller
 
 
@@ -112,7 +114,7 @@ def test_a_step_at_a_time_in_csv_and_tensorboard_and_picture_and_table(tmp_path)
     history = fit(distiller, [logger], validation_data=(x, y))
 
     found = rows(tmp_path / "new" / "layers.csv")
-    assert [(row["epoch"], row["step"]) for row in found] == [(i // 3, i) for i in range(6)]
+    assert [(row["epoch"], row["step"]) for row in found] == [(i // 3 + 1, i + 1) for i in range(6)]
     expected = by_hand()
     assert list(found[0]) == ["epoch", "step", *distiller.term_names]
     assert set(distiller.term_names) == set(expected[0])
@@ -128,23 +130,23 @@ def test_a_step_at_a_time_in_csv_and_tensorboard_and_picture_and_table(tmp_path)
                 row[f"deep_{kind}_loss"], rel=1e-5
             )
     for name in distiller.term_names:
-        for epoch in range(2):
+        for epoch in (1, 2):
             of_epoch = [row[name] for row in found if row["epoch"] == epoch]
             assert np.average(of_epoch, weights=BATCHES) == pytest.approx(
-                history[name][epoch], rel=1e-5
+                history[name][epoch - 1], rel=1e-5
             )
 
     events = scalars(tmp_path / "tensorboard" / "steps")
     assert set(events) == set(distiller.term_names)
     for tag, values in events.items():
-        assert values == pytest.approx({int(row["step"]): row[tag] for row in found})
+        assert values == pytest.approx({int(row["step"]) - 1: row[tag] for row in found})
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "layers.png", "new", "tensorboard",
     ]  # fmt: skip
 
     lines = text.getvalue()
-    assert "means of epoch 1 → 2" in lines
+    assert "means of epoch 1 → 2" in lines and "mean allocation" in lines
     for kind in ("prediction", "feature"):
         loss, weight = (
             history[f"deep_{kind}_{what}/stage2"] for what in ("loss", "allocation")
@@ -162,9 +164,9 @@ def test_several_steps_at_once_record_the_last_of_them(tmp_path):
     distiller = make(compile_options={"steps_per_execution": 2})
     fit(distiller, [LayerWeightLogger(csv=several, summary=False)])
     one, several = rows(one), rows(several)
-    assert [row["step"] for row in several] == [1, 2, 4, 5]
+    assert [row["step"] for row in several] == [2, 3, 5, 6]
     for row in several:
-        assert row == pytest.approx(one[int(row["step"])], rel=1e-3, abs=1e-6)
+        assert row == pytest.approx(one[int(row["step"]) - 1], rel=1e-3, abs=1e-6)
     x, y = small.images(10)
     x[5] = np.nan
     message, _ = stopped(distiller, x, y)
@@ -174,7 +176,7 @@ def test_several_steps_at_once_record_the_last_of_them(tmp_path):
 def test_every_few_steps(tmp_path):
     logger = LayerWeightLogger(csv=tmp_path / "l.csv", every=2, summary=False)
     fit(shared(), [logger], epochs=3)
-    assert [row["step"] for row in rows(tmp_path / "l.csv")] == [0, 2, 4, 6, 8]
+    assert [row["step"] for row in rows(tmp_path / "l.csv")] == [1, 3, 5, 7, 9]
 
 
 def test_continued_training_goes_on_with_the_file(tmp_path):
@@ -192,7 +194,7 @@ def test_continued_training_goes_on_with_the_file(tmp_path):
     fit(distiller, [logger()], epochs=2)
     # What a killed run may leave: a row that will come again, and a line that is not whole.
     with open(paths["parts"], "a") as file:
-        file.write(",".join(["2", "6", *["9"] * len(distiller.term_names)]) + "\n2,7,0.1")
+        file.write(",".join(["3", "7", *["9"] * len(distiller.term_names)]) + "\n3,8,0.1")
     continued = logger()
     fit(distiller, [continued], epochs=4, initial_epoch=2)
     found = rows(paths["parts"])
@@ -204,16 +206,30 @@ def test_continued_training_goes_on_with_the_file(tmp_path):
 
     # Within an epoch: the first batch of `fit` is the epoch's second.
     continued = logger()
-    continued.first_step = 1
+    distiller.resumed_at = Place(2, 1)
     for initial_epoch in (2, 3):
         fit(
             distiller, [continued], epochs=initial_epoch + 1, initial_epoch=initial_epoch,
             steps_per_epoch=2 if initial_epoch == 2 else 3,
         )  # fmt: skip
     found = rows(paths["parts"])
-    assert [(row["epoch"], row["step"]) for row in found] == [(i // 3, i) for i in range(12)]
+    places = [(i // 3 + 1, i + 1) for i in range(12)]
+    assert [(row["epoch"], row["step"]) for row in found] == places
     for row, expected in zip(found[:7], whole[:7], strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+    # A file of an older version, whose epochs and steps count from 0.
+    header, *lines = paths["parts"].read_text().splitlines(keepends=True)
+    with open(paths["parts"], "w") as file:
+        file.write(header)
+        for line in lines[:6]:
+            epoch, step, values = line.split(",", 2)
+            file.write(f"{int(epoch) - 1},{int(step) - 1},{values}")
+    distiller.resumed_at = Place()
+    fit(distiller, [logger()], epochs=3, initial_epoch=2)
+    found = rows(paths["parts"])
+    assert [(row["epoch"], row["step"]) for row in found] == places[:9]
+    assert found[5] == pytest.approx(whole[5], rel=1e-3, abs=1e-6)
 
     other = make(layers=["stage1"])
     with pytest.raises(dskd_keras.InputError, match="has other columns than the terms"):
@@ -246,18 +262,23 @@ def test_nothing_to_log():
 
 def test_bad_arguments_and_missing_packages(tmp_path, monkeypatch):
     for options, message in (
-        ({"every": 0}, "every should be a positive integer. Received: 0."),
-        ({"picture": "l.pmg"}, "picture: 'l.pmg' should end in .png"),
+        ({"every": 0}, "every: 0 should be a whole number of at least 1."),
+        (
+            {"picture": "l.pmg"},
+            "picture: 'l.pmg' should be a path that ends in one of matplotlib's",
+        ),
     ):
         with pytest.raises(dskd_keras.InputError) as error:
             LayerWeightLogger(**options)
         assert message in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(dskd_keras.InputError, match="pip install matplotlib"):
+    monkeypatch.delitem(sys.modules, "dskd_keras.drawing")
+    monkeypatch.delattr(dskd_keras, "drawing")
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    with pytest.raises(dskd_keras.InputError, match=r"^picture: the package matplotlib is not"):
         LayerWeightLogger(picture=tmp_path / "l.png")
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     for make_callback in (TensorBoardScalars, lambda f: LayerWeightLogger(tensorboard=f)):
-        with pytest.raises(dskd_keras.InputError, match="pip install tensorboard"):
+        with pytest.raises(dskd_keras.InputError, match="the package tensorboard is not"):
             make_callback(tmp_path)
 
 
@@ -499,12 +520,13 @@ def test_other_sources():
 def test_continued_epochs_count_on():
     x, y = small.images()
     x[-1] = np.nan
-    callback = StopOnNonFiniteLoss(first_step=10)
-    message, _ = stopped(shared(), x, y, callback=callback)
-    assert message.startswith("epoch 1, step 13:")
     callback = StopOnNonFiniteLoss()
-    callback.first_step = 10
     distiller = shared()
+    distiller.resumed_at = Place(0, 10)
+    message, _ = stopped(distiller, x, y, callback=callback)
+    assert message.startswith("epoch 1, step 13:")
+    distiller = shared()
+    distiller.resumed_at = Place(0, 10)
     distiller.fit(x[:8], y[:8], batch_size=4, verbose=0, callbacks=[callback])
     message, _ = stopped(distiller, x, y, callback=callback, epochs=3, initial_epoch=1)
     assert message.startswith("epoch 2, step 3:")
@@ -512,7 +534,7 @@ def test_continued_epochs_count_on():
 
 def test_throughput_leaves_out_compilation_and_evaluation(monkeypatch):
     clock = 0.0
-    monkeypatch.setattr("dskd_keras.callbacks.progress.time.perf_counter", lambda: clock)
+    monkeypatch.setattr("dskd_keras.callbacks.throughput.time.perf_counter", lambda: clock)
     throughput = Throughput(images_per_step=10)
     rates = []
     # Steps of an epoch, seconds of each: 100 for compiling and for every evaluation.

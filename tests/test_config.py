@@ -1,16 +1,21 @@
+import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import dskd_keras
-from dskd_keras.command_line import parse
-from dskd_keras.config import ExperimentConfig
+from dskd_keras.experiment.command_line import parse
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.tuning.config import SearchConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def read(*argv):
-    return parse(ExperimentConfig, argv, CONFIGS, "train.py")
+    return parse(ExperimentConfig, argv, "train.py")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -104,25 +109,30 @@ PAIR = ("--pair", "resnet20_resnet8")
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--pair", "resnet110_resnet23"], "pair: unknown name 'resnet110_resnet23'. Did you mean"),
-        ([*PAIR, "--epoch", "3"], "option: unknown name '--epoch'. Did you mean '--epochs'"),
-        ([*PAIR, "--epochs", "many"], "epochs should be a whole number. Received: 'many'."),
-        ([*PAIR, "--epochs", "0"], "epochs should be at least 1. Received: 0."),
-        ([*PAIR, "--image_size", "x"], "image_size should be a whole number or null"),
-        ([*PAIR, "--seeds", "a"], "seeds should be a list, each of it a whole number"),
-        ([*PAIR, "--seeds", "1", "1"], "seeds should be different whole numbers"),
-        ([*PAIR, "--method", "dksd"], "method: unknown name 'dksd'. Did you mean 'dskd'"),
-        ([*PAIR, "--weighting", "sofmax"], "weighting: unknown name 'sofmax'. Did you mean"),
-        ([*PAIR, "--temperature", "0"], "temperature should be a positive number. Received: 0.0."),
-        ([*PAIR, "--temperature", ".nan"], "temperature should be a positive number"),
-        ([*PAIR, "--deep_feature_weight", "-1"], "deep_feature_weight should be a finite number"),
-        ([*PAIR, "--label_weight", ".inf"], "label_weight should be a finite number"),
-        ([*PAIR, "--validation_fraction", "1"], "validation_fraction should be at least 0 and"),
-        ([*PAIR, "--decay_at", "150"], "decay_at should be shares of the training"),
+        (["--pair", "resnet110_resnet23"], "pair: 'resnet110_resnet23' should be a known name"),
+        ([*PAIR, "--epoch", "3"], "option: '--epoch' should be a known name. Did you mean '--ep"),
+        ([*PAIR, "--epochs", "many"], "epochs: 'many' should be a whole number."),
+        ([*PAIR, "--epochs", "0"], "epochs: 0 should be a whole number of at least 1."),
+        ([*PAIR, "--epochs", "1", "2"], "epochs: '1 2' should be one value."),
+        ([*PAIR, "--epochs"], "epochs: '' should be one value."),
+        ([*PAIR, "--image_size", "x"], "image_size: 'x' should be a whole number or null"),
+        ([*PAIR, "--seeds", "a"], "seeds: '[a]' should be a list, each of it a whole number"),
+        ([*PAIR, "--seeds", "1", "1"], "seeds: [1, 1] should be different whole numbers"),
+        ([*PAIR, "--method", "dksd"], "method: 'dksd' should be a known name. Did you mean 'dskd'"),
+        ([*PAIR, "--weighting", "sofmax"], "weighting: 'sofmax' should be a known name. Did you"),
+        ([*PAIR, "--export", "onnx", "tflite"], "export: 'tflite' should be a known name. Did you"),
+        ([*PAIR, "--temperature", "0"], "temperature: 0.0 should be a positive number."),
+        ([*PAIR, "--temperature", ".nan"], "temperature: nan should be a positive number."),
+        ([*PAIR, "--deep_feature_weight", "-1"], "deep_feature_weight: -1.0 should be a number of"),
+        ([*PAIR, "--label_weight", ".inf"], "label_weight: inf should be a number of at least 0."),
+        ([*PAIR, "--validation_fraction", "1"], "validation_fraction: 1.0 should be a number of"),
+        ([*PAIR, "--decay_at", "150"], "decay_at: [150.0] should be shares of the training"),
         ([*PAIR, "--nesterov", "--momentum", "0"], "nesterov: True, but momentum is 0"),
         ([*PAIR, "--student_layers"], "student_layers: empty, but method is dskd"),
-        ([*PAIR, "--config", "nowhere.yaml"], "nowhere.yaml"),
-        ([*PAIR, "stray"], "option: unknown name 'stray'"),
+        ([*PAIR, "--config", "nowhere.yaml"], "config: can't read 'nowhere.yaml'"),
+        (["stray", *PAIR], "option: 'stray' should be a known name"),
+        ([*PAIR, "stray"], "pair: 'resnet20_resnet8 stray' should be one value."),
+        ([*PAIR, "--teacher", "resnet9"], "teacher: 'resnet9' should be a known name. Did you"),
         (["--epochs", "3"], "teacher: not given. Choose a pair"),
     ],
 )  # fmt: skip
@@ -135,10 +145,13 @@ def test_bad_flags(argv, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("epoch: 3\n", "configuration: unknown name 'epoch'. Did you mean 'epochs'"),
-        ("epochs: [3\n", "config: not valid YAML: while parsing a flow sequence line 1"),
-        ("epochs: soon\n", "epochs should be a whole number. Received: 'soon'."),
-        ("- 3\n", ""),
+        ("epoch: 3\n", "mine.yaml': 'epoch' should be a known name. Did you mean 'epochs'"),
+        ("epochs: [3\n", "line 2 should be valid YAML: expected ',' or ']'"),
+        ("epochs: soon\n", "epochs: 'soon' should be a whole number."),
+        ("seeds: 3\n", "seeds: 3 should be a list"),
+        ("export: [onnx, tflite]\n", "export: 'tflite' should be a known name."),
+        ("- 3\n", "should hold fields with their values"),
+        ("", "should hold fields with their values"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -154,6 +167,63 @@ def test_help_explains_every_field(capsys):
         read("--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in ("--seeds", "--teacher_weights", "--min_teacher_accuracy"):
-        assert field in text
+    for field in dataclasses.fields(ExperimentConfig):
+        assert f"--{field.name} " in text
     assert "A run for each; all share the teacher." in text
+
+
+def test_what_is_shown_is_what_is_run(capsys, tmp_path):
+    flags = ["--pair", "resnet56_resnet20", "--seeds", "4", "--run_dir", "2024", "--nesterov"]
+    with pytest.raises(SystemExit) as stop:
+        read(*flags, "--print_config")
+    assert stop.value.code == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    config = read("--config", str(tmp_path / "shown.yaml"))
+    assert config == read(*flags) and config.run_dir == "2024"
+
+
+MISTAKES = [
+    ["--pair", "resnet110_resnet23"], [*PAIR, "--epoch", "3"], [*PAIR, "--epochs", "many"],
+    [*PAIR, "--epochs", "0"], [*PAIR, "--student", "resnet9"], [*PAIR, "--dataset", "none.npz"],
+    [*PAIR, "--teacher_weights", "none.keras"], [*PAIR, "--config", "none.yaml"], ["--help"],
+    [*PAIR, "--print_config"], [*PAIR, "--dtype_policy", "mixed_bfloat16", "--export", "onnx"],
+]  # fmt: skip
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_an_answer_needs_neither_keras_nor_matplotlib(command, tmp_path):
+    script = (
+        "import sys\n"
+        f"from dskd_commands import {command}\n"
+        "for argv in eval(sys.argv[1]):\n"
+        "    try:\n"
+        f"        assert {command}(argv) == 2, argv\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == 0, argv\n"
+        "loaded = {'keras', 'numpy', 'matplotlib', 'keras_tuner', 'tensorflow'} & {*sys.modules}\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, repr(MISTAKES)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == len(MISTAKES) - 2 and all(line.startswith("error: ") for line in errors)
+
+
+def test_the_field_that_is_wrong_is_named_whatever_else_is_given(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 3\nranges: {temperature: [1, x]}\n")
+    with pytest.raises(dskd_keras.InputError, match=r"^ranges.temperature: \[1, 'x'\] should be"):
+        parse(SearchConfig, [*PAIR, "--config", str(file)], "tune.py")
+    file.write_text("ranges: {temperatur: [1, 2]}\n")
+    with pytest.raises(
+        dskd_keras.InputError, match=r"^ranges: 'temperatur' should be a known"
+    ):
+        parse(SearchConfig, [*PAIR, "--config", str(file)], "tune.py")
+    file.write_text("ranges: 3\n")
+    with pytest.raises(dskd_keras.InputError, match=r"^ranges: 3 should be fields of temperature"):
+        parse(SearchConfig, [*PAIR, "--config", str(file)], "tune.py")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dskd_keras import data
-from dskd_keras.data import arrays
+from dskd_keras.data import arrays, kinds
 from dskd_keras.data.batches import EvaluationBatches, TrainingBatches, normalize
 from dskd_keras.errors import InputError
 
@@ -49,6 +49,19 @@ def pixels(x):
 def one_epoch(batches, epoch=0):
     steps = batches.steps_per_epoch
     return [batches[epoch * steps + step] for step in range(steps)]
+
+
+def run_script(script, folder, **environment):
+    """What a script prints in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 # Batches ----------------------------------------------------------------------------------------
@@ -211,7 +224,9 @@ def test_fit_sees_the_epochs_in_order_and_resumes_in_place():
     [
         ({"augmentation": "crop_flop"}, "augmentation: .*'crop_flip'"),
         ({"seed": -1}, "seed: -1"),
+        ({"seed": 0.5}, "seed: 0.5 should be a whole number"),
         ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 4.0}, "batch_size: 4.0 should be a whole number of at least 1"),
         ({"first_batch": -1}, "first_batch: -1"),
     ],
 )
@@ -290,7 +305,7 @@ def test_any_number_of_training_images_up_to_all_of_them():
     total = len(whole.x_train)
     assert len(data.load("digits", train_examples=total - 3).x_train) == total - 3
     all_of_them = data.load("digits", train_examples=total)
-    assert all_of_them.fingerprint() == whole.fingerprint()
+    assert all_of_them.fingerprint == whole.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -342,16 +357,16 @@ def test_dataset_refuses_arrays_that_do_not_fit(changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_fingerprint_follows_the_training_part():
+def test_fingerprint_follows_the_training_part(monkeypatch):
     images = np.arange(6 * 8 * 8 * 3).reshape(6, 8, 8, 3) % 251
     dataset = small_dataset(x_train=images.astype(np.uint8))
-    print_of = dataset.fingerprint()
+    print_of = dataset.fingerprint
     changed = dataset.x_train.copy()
     changed[0, 0, 0, 0] ^= 1
     same = dataclasses.replace(dataset, name="other", x_test=dataset.x_test[::-1])
-    assert same.fingerprint() == print_of
+    assert same.fingerprint == print_of
     wide = dataclasses.replace(dataset, y_train=dataset.y_train.astype(np.int64))
-    assert wide.fingerprint() == print_of
+    assert wide.fingerprint == print_of
     others = [
         {"x_train": changed},
         {"y_train": dataset.y_train[::-1]},
@@ -359,10 +374,18 @@ def test_fingerprint_follows_the_training_part():
         {"std": (0.2, 0.25, 0.31)},
         {"class_names": ("a", "b", "c", "d")},
     ]
-    prints = {dataclasses.replace(dataset, **other).fingerprint() for other in others}
+    prints = {dataclasses.replace(dataset, **other).fingerprint for other in others}
     assert len(prints | {print_of}) == 6
+    monkeypatch.setattr("hashlib.blake2b", None)  # a second look hashes nothing
+    assert dataset.fingerprint == print_of
     # A constant: the cache of teachers outlives the process, and the version.
     assert print_of == "432fbfca35878601"
+
+
+def test_a_normalisation_that_is_not_given_is_measured():
+    dataset = small_dataset(mean=None)
+    np.testing.assert_allclose(dataset.mean, (dataset.x_train / 255).mean(axis=(0, 1, 2)))
+    assert dataset.std == STD
 
 
 def test_large_arrays_go_to_a_file(monkeypatch):
@@ -374,6 +397,56 @@ def test_large_arrays_go_to_a_file(monkeypatch):
     monkeypatch.setattr(arrays.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     with pytest.raises(InputError, match="TMPDIR"):
         arrays.allocate_images((20, 8, 8, 3))
+
+
+# Kinds ------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_told_without_keras_and_numpy(tmp_path):
+    save_npz(tmp_path)
+    (tmp_path / "images").mkdir()
+    script = """
+        import os, sys
+
+        os.environ["DSKD_KERAS_DEFER"] = "1"
+        from dskd_keras.data import kinds
+        from dskd_keras.errors import InputError
+
+        names = ("digits", "own.npz", "images", "./images/", "cifar100", "emnist/letters")
+        print(*map(kinds.kind, names))
+        for name in ("gone.npz", "./gone", "/gone", "~/gone"):
+            try:
+                kinds.kind(name)
+            except InputError as error:
+                print(error)
+        assert not {"keras", "numpy", "tensorflow_datasets"} & set(sys.modules)
+    """
+    assert run_script(script, tmp_path).splitlines() == [
+        "digits npz folder folder tfds tfds",
+        "dataset: there is no file gone.npz.",
+        *(
+            f"dataset: {name!r} should be an existing folder of images or a .npz file."
+            for name in ("./gone", "/gone", "~/gone")
+        ),
+    ]
+
+
+def test_a_prepared_set_is_no_folder_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100" / "3.0.2").mkdir(parents=True)
+    assert kinds.kind("cifar100") == "folder"
+    (tmp_path / "cifar100" / "3.0.2" / "dataset_info.json").touch()
+    assert kinds.kind("cifar100") == "tfds"
+    assert kinds.kind(tmp_path / "cifar100") == "folder"
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("sklearn.datasets", "scikit-learn"), ("PIL.Image", "pillow")]
+)
+def test_a_missing_package_is_named(module, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=rf"^dataset: the package {package} .*\[train\]'$"):
+        data.load("digits")
 
 
 # .npz -------------------------------------------------------------------------------------------
@@ -512,7 +585,7 @@ def test_folder_of_classes_holds_a_fifth_out(tmp_path):
     assert "12 of 60 images are held out" in dataset.notes[0]
     labels = {image.tobytes(): int(index >= 40) for index, image in enumerate(images)}
     assert [labels[image.tobytes()] for image in dataset.x_train] == dataset.y_train.tolist()
-    assert data.load(tmp_path).fingerprint() == dataset.fingerprint()
+    assert data.load(tmp_path).fingerprint == dataset.fingerprint
 
 
 def test_folder_with_images_of_different_sizes(tmp_path):
@@ -562,7 +635,7 @@ def test_folders_that_hold_no_data_set(tmp_path):
     save_images(tmp_path / "train" / "c", numbered_images(2))
     with pytest.raises(InputError, match="class 'b'"):
         data.load(tmp_path)
-    with pytest.raises(InputError, match="neither an existing folder"):
+    with pytest.raises(InputError, match="missing' should be an existing folder"):
         data.load(tmp_path / "missing")
 
 
@@ -584,9 +657,9 @@ def test_everything_but_tfds_works_without_tensorflow(tmp_path):
         from dskd_keras import data
         from dskd_keras.errors import InputError
 
-        print(data.load("digits").fingerprint())
-        print(data.load("own.npz").fingerprint())
-        print(data.load("images").fingerprint())
+        print(data.load("digits").fingerprint)
+        print(data.load("own.npz").fingerprint)
+        print(data.load("images").fingerprint)
         try:
             data.load("cifar100")
         except InputError as error:
@@ -597,18 +670,11 @@ def test_everything_but_tfds_works_without_tensorflow(tmp_path):
         backend = next((name for name in ("jax", "torch") if find_spec(name)), None)
     if backend is None:
         pytest.skip("needs JAX or PyTorch")
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = run_script(script, tmp_path, KERAS_BACKEND=backend).splitlines()
     # The same contents have the same fingerprint in another process.
     assert lines[:3] == [
-        data.load(source).fingerprint()
+        data.load(source).fingerprint
         for source in ("digits", tmp_path / "own.npz", tmp_path / "images")
     ]
-    assert "install tensorflow" in lines[3] and "digits" in lines[3]
+    assert "tensorflow-datasets is not installed" in lines[3]
+    assert "pip install 'dskd-keras[tfds]'" in lines[3]

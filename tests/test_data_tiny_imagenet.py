@@ -138,10 +138,10 @@ def test_prepared_data_stands_for_all_copies_of_its_source(tmp_path, capfd):
     first = data.load("tiny_imagenet", data_dir=archive)
     assert f"preparing it from {archive}" in capfd.readouterr().err
     folder = write_folder(tmp_path / "other name")
-    assert data.load("tiny_imagenet", data_dir=folder).fingerprint() == first.fingerprint()
+    assert data.load("tiny_imagenet", data_dir=folder).fingerprint == first.fingerprint
     archive.unlink()
     shutil.rmtree(folder)
-    assert data.load("tiny_imagenet", data_dir=tmp_path).fingerprint() == first.fingerprint()
+    assert data.load("tiny_imagenet", data_dir=tmp_path).fingerprint == first.fingerprint
     assert "preparing" not in capfd.readouterr().err
 
 
@@ -344,7 +344,7 @@ def test_without_a_copy_and_a_network(tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny-imagenet", "tinyimagenet", "TinyImageNet200"])
 def test_close_names(tmp_path, name):
-    with pytest.raises(InputError, match=r"dataset: unknown name .*'tiny_imagenet'"):
+    with pytest.raises(InputError, match=r"Did you mean 'tiny_imagenet'"):
         data.load(name, data_dir=tmp_path)
 
 

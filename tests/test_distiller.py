@@ -10,6 +10,7 @@ import pytest
 import small
 
 import dskd_keras
+from dskd_keras.progress import Place, steps_before
 
 BACKEND = keras.backend.backend()
 LAYERS = ["stage1", "stage2"]
@@ -410,7 +411,7 @@ def test_targets_with_sample_weight(labels):
         histories.append(history)
     for name, value in histories[0].items():
         np.testing.assert_allclose(histories[1][name], value, rtol=1e-4)
-    with pytest.raises(dskd_keras.InputError, match="class_weight can't be combined with Targets"):
+    with pytest.raises(dskd_keras.InputError, match="class_weight: it can't be combined with T"):
         distiller.fit(x, distiller.targets(x, y), class_weight={0: 2.0}, verbose=0)
 
 
@@ -528,6 +529,20 @@ def test_two_distillers_of_one_student():
     assert student.get_layer("stage1").output.shape == (None, 8, 8, 4)
 
 
+def test_callbacks_learn_where_in_an_epoch_fit_goes_on():
+    x, y = small.images()
+    distiller = make(layers=[])
+    assert distiller.resumed_at == Place(epoch=0, step=0)
+    before = []
+    read = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: before.append(steps_before(read, epoch))
+    )
+    distiller.resumed_at = Place(epoch=1, step=2)
+    distiller.fit(x, y, batch_size=4, epochs=3, initial_epoch=1, callbacks=[read], verbose=0)
+    assert before == [2, 0]
+    assert Place() == make(layers=[]).resumed_at
+
+
 def test_progress_bar_leaves_out_single_layers(capsys):
     make().fit(*small.images(), verbose=2)
     line = capsys.readouterr().out
@@ -535,21 +550,24 @@ def test_progress_bar_leaves_out_single_layers(capsys):
 
 
 BAD = [
-    ({"temperature": 0.0}, "temperature should be a positive number. Received: 0.0."),
-    ({"temperature": float("nan")}, "temperature should be a positive"),
-    ({"label_weight": -1.0}, "label_weight should be a finite number that is not negative"),
-    ({"deep_feature_weight": float("inf")}, "deep_feature_weight should be a finite number"),
-    ({"weighting": "sofmax"}, "weighting: unknown name 'sofmax'. Did you mean 'softmax'"),
-    ({"weighting": 3}, "weighting should be one of softmax, proportional"),
-    ({"student_layers": ["stage11"]}, "student_layers: unknown name 'stage11'. Did you mean"),
-    ({"student_layers": ["stage1", "stage1"]}, "student_layers names a layer twice"),
-    ({"teacher_layer": "stge2"}, "teacher_layer: unknown name 'stge2'. Did you mean 'stage2'"),
+    ({"temperature": 0.0}, "temperature: 0.0 should be a positive number."),
+    ({"temperature": float("nan")}, "temperature: nan should be a positive"),
+    ({"label_weight": -1.0}, "label_weight: -1.0 should be a number of at least 0."),
+    ({"deep_feature_weight": float("inf")}, "deep_feature_weight: inf should be a number of at"),
+    ({"weighting": "sofmax"}, "weighting: 'sofmax' should be a known name. Did you mean 'softmax'"),
+    ({"weighting": 3}, "weighting: 3 should be one of softmax, proportional"),
+    ({"student_layers": ["stage11"]}, "student_layers: 'stage11' should be a known name. Did you"),
+    ({"student_layers": ["stage1", "stage1"]}, "should be a list that names each layer once"),
+    ({"teacher_layer": "stge2"}, "teacher_layer: 'stge2' should be a known name. Did you mean 'st"),
     ({"teacher": None}, "teacher: None, but"),
-    ({"student_layer": ["stage1"]}, "unknown name 'student_layer'. Did you mean 'student_layers'"),
-    ({"teacher": "resnet56"}, "teacher should be a keras.Model. Received: str"),
+    (
+        {"student_layer": ["stage1"]},
+        "'student_layer' should be a known name. Did you mean 'student_",
+    ),
+    ({"teacher": "resnet56"}, "teacher: str should be a keras.Model."),
     (
         {"label_weight": 0, "prediction_weight": 0, "student_layers": []},
-        "leave no term: at least one",
+        "label_weight: 0.0 leaves no term. It should be positive",
     ),
 ]
 
@@ -582,9 +600,13 @@ def test_bad_models():
     cases = [
         (Subclassed(), good, "teacher: Subclassed 'subclassed' has no graph of layers"),
         (good, keras.Sequential([keras.layers.Dense(3)], name="s"), "begins with keras.Input"),
-        (softmax_ending(False), good, "teacher ends in a softmax (layer 'end')"),
-        (good, softmax_ending(True), "student ends in a softmax (layer 'end')"),
-        (small.convnet("ten", classes=10), good, "teacher 'ten' gives 10 logits, student 'good' 3"),
+        (softmax_ending(False), good, "teacher: 'ending' ends in a softmax (layer 'end')"),
+        (good, softmax_ending(True), "student: 'ending' ends in a softmax (layer 'end')"),
+        (
+            small.convnet("ten", classes=10),
+            good,
+            "teacher: 'ten' gives 10 logits, student 'good' 3",
+        ),
         (small.convnet("big", size=16), good, "takes (16, 16, 2), student 'good' (8, 8, 2)"),
         (keras.Model(good.inputs, good.get_layer("stage1").output), good, "logits [B, C] alone"),
         (good, good, "share the weights of layer 'stage1_conv'"),
@@ -609,7 +631,7 @@ def test_bad_models():
         (None, "loss: None, but label_weight needs one"),
         (
             keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum"),
-            "reduction='sum', but every term",
+            "reduction='sum', but all terms",
         ),
         (lambda y, z: keras.ops.mean(z), "gives one value for the whole batch"),
     ],

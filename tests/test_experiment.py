@@ -15,8 +15,10 @@ import yaml
 
 import dskd_keras
 import train
-from dskd_keras import InputError, artifacts, data, evaluation, experiment, models, training
-from dskd_keras.config import ExperimentConfig
+from dskd_keras import InputError, data, models
+from dskd_keras.experiment import build, evaluation, saved_models, teachers, training
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.run import Run
 from dskd_keras.report import RunResult, results_table
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +76,7 @@ def test_a_run_leaves_what_it_promises(finished):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["seeds"] == [0] and config["student"] == "resnet8" and config["epochs"] == 2
     rows = history(folder)
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"loss", "val_accuracy", "deep_feature_allocation/stage2"} <= set(rows[0])
 
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -99,7 +101,7 @@ def test_what_is_measured_on_the_test_set(finished, images):
     folder = finished / "run" / "dskd" / "seed-0"
     metrics = json.loads((folder / "metrics.json").read_text())
     data = np.load(images)
-    notes = artifacts.read_notes(folder / "student.keras")
+    notes = saved_models.read_notes(folder / "student.keras")
     x = ((data["x_test"] / 255 - notes["mean"]) / notes["std"]).astype("float32")
     (cached,) = (finished / "teachers").glob("*.keras")
     student, teacher = (
@@ -215,7 +217,7 @@ def test_ce_builds_no_teacher_and_validation_chooses_the_best_epoch(
         student = keras.models.load_model(folder / f"{name}.keras")
         logits = student.predict(data["x_test"], verbose=0)
         assert (logits.argmax(-1) == data["y_test"]).mean() == pytest.approx(metrics[accuracy])
-    notes = artifacts.read_notes(folder / "student.keras")
+    notes = saved_models.read_notes(folder / "student.keras")
     assert notes["input"] == "pixels from 0 to 255"
     assert not (folder / "best.weights.h5").exists()
     assert "best on the validation images" in " ".join(capsys.readouterr().out.split())
@@ -232,21 +234,25 @@ def config(**fields):
 
 def test_the_teachers_key_holds_what_shaped_it_and_no_more(images):
     dataset = dskd_keras.data.load(str(images))
-    recipe = experiment._teacher_recipe(config(), dataset)
+
+    def recipe_of(dataset, **fields):
+        return teachers.recipe(Run(config(**fields), dataset, console=None))
+
+    recipe = recipe_of(dataset)
     for fields in (
         {"temperature": 2.0}, {"student": "resnet14"}, {"seeds": [3]}, {"method": "kd"},
         {"epochs": 5, "teacher_epochs": 240},
         {"learning_rate": 0.01, "teacher_learning_rate": 0.05},
     ):  # fmt: skip
-        assert experiment._teacher_recipe(config(**fields), dataset) == recipe, fields
+        assert recipe_of(dataset, **fields) == recipe, fields
     for fields in (
         {"teacher": "resnet14"}, {"teacher_seed": 1}, {"teacher_epochs": 5}, {"batch_size": 3},
         {"learning_rate": 0.01}, {"weight_decay": 0.0}, {"augmentation": "none"},
         {"nesterov": True}, {"schedule": "cosine"}, {"decay_at": [0.5]},
     ):  # fmt: skip
-        assert experiment._teacher_recipe(config(**fields), dataset) != recipe, fields
+        assert recipe_of(dataset, **fields) != recipe, fields
     other = dskd_keras.data.load(str(images), train_examples=30)
-    assert experiment._teacher_recipe(config(), other) != recipe
+    assert recipe_of(other) != recipe
 
 
 def test_learning_rates():
@@ -297,22 +303,23 @@ def test_a_teacher_whose_numbers_overflow_is_refused(finished, images, tmp_path,
 def test_the_teacher_is_folded_before_it_teaches(finished, images):
     dataset = data.load(str(images))
     teacher = models.create("resnet8", 3, (8, 8, 3))
-    folded = experiment.ready_to_teach(config(), teacher)
-    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in folded.layers)
-    assert experiment.ready_to_teach(config(fold_teacher=False), teacher) is teacher
+
+    def ready(**fields):
+        return teachers.ready_to_teach(Run(config(**fields), dataset, console=None), teacher)
+
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in ready().layers)
+    assert ready(fold_teacher=False) is teacher
     # A convolution whose own output is to teach stays what it is.
-    kept = experiment.ready_to_teach(config(teacher_layer="stem_conv"), teacher)
+    kept = ready(teacher_layer="stem_conv")
     assert kept.get_layer("stem_conv").bias is None and kept.get_layer("stem_bn").gamma is not None
-    half = experiment.ready_to_teach(config(teacher_dtype="bfloat16"), teacher)
-    assert half.get_layer("stem_bn").compute_dtype == "bfloat16"
+    assert ready(teacher_dtype="bfloat16").get_layer("stem_bn").compute_dtype == "bfloat16"
     teacher.get_layer("stem_bn").gamma.assign(np.full(16, 1e8, "float32"))
     with pytest.raises(InputError, match=r"^teacher_dtype: weight 'stem_bn/kernel'.*float16\.$"):
-        experiment.ready_to_teach(config(teacher_dtype="float16"), teacher)
+        ready(teacher_dtype="float16")
     # The student has its precision, the teacher that is trained for it has float32.
-    mixed = config(dtype_policy="mixed_bfloat16")
-    student = experiment.create_student(mixed, dataset)
-    assert student.get_layer("stem_conv").compute_dtype == "bfloat16"
-    assert experiment.create_teacher(mixed, dataset).compute_dtype == "float32"
+    mixed = Run(config(dtype_policy="mixed_bfloat16"), dataset, console=None)
+    assert build.create_student(mixed).get_layer("stem_conv").compute_dtype == "bfloat16"
+    assert build.create_teacher(mixed).compute_dtype == "float32"
     assert keras.config.dtype_policy().name == "float32"
     # Reported is the model as it was trained.
     metrics = json.loads((finished / "run/dskd/seed-0/metrics.json").read_text())
@@ -398,17 +405,32 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--teacher", "resnet9"], "teacher: unknown name 'resnet9'. Did you mean 'resnet8'"),
-        (["--student", "resnet111"], "student: unknown name 'resnet111'. Did you mean"),
-        (["--student_layers", "stage5"], "student_layers: unknown name 'stage5'. Did you mean"),
+        (
+            ["--teacher", "resnet9"],
+            "teacher: 'resnet9' should be a known name. Did you mean 'r",
+        ),
+        (["--student", "resnet111"], "student: 'resnet111' should be a known name. Did you mean"),
+        (
+            ["--student_layers", "stage5"],
+            "student_layers: 'stage5' should be a known name. Did",
+        ),
         (["--student_layers", "images"], "layer 'images' has no usable feature map"),
-        (["--teacher_layer", "stage"], "teacher_layer: unknown name 'stage'. Did you mean"),
-        (["--teacher_dtype", "int8"], "teacher_dtype: unknown name 'int8'. Choices: float32"),
+        (
+            ["--teacher_layer", "stage"],
+            "teacher_layer: 'stage' should be a known name. Did",
+        ),
+        (
+            ["--teacher_dtype", "int8"],
+            "teacher_dtype: 'int8' should be a known name. Choices",
+        ),
         (
             ["--teacher_dtype", "bfloat16", "--fold_teacher", "false"],
             "teacher_dtype: bfloat16, but fold_teacher is false",
         ),
-        (["--dtype_policy", "float16"], "dtype_policy: unknown name 'float16'. Did you mean"),
+        (
+            ["--dtype_policy", "float16"],
+            "dtype_policy: 'float16' should be a known name. Did",
+        ),
         (
             ["--dtype_policy", "mixed_bfloat16", "--export", "onnx"],
             "export: onnx, but dtype_policy is mixed_bfloat16",
@@ -416,10 +438,10 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
         (["--dataset", "digitz"], "digits"),
         (["--dataset", "./nothing.npz"], "nothing.npz"),
         (["--train_examples", "1000"], "train_examples"),
-        (["--checkpoint_steps", "0"], "checkpoint_steps should be at least 1. Received: 0"),
+        (["--checkpoint_steps", "0"], "checkpoint_steps: 0 should be a whole number of at least 1"),
         (
             ["--export", "tflite"],
-            "export: unknown name 'tflite'. Did you mean 'litert'? Choices: onnx",
+            "export: 'tflite' should be a known name. Did you mean 'litert'? Choices: onnx",
         ),
     ],
 )
@@ -431,11 +453,14 @@ def test_bad_input_is_one_line_before_training(images, tmp_path, capsys, flags, 
 
 
 def test_bad_backends(tmp_path):
+    script = (
+        "import sys; sys.modules['jax'] = None; import train; "
+        "sys.exit(train.main(['--pair', 'resnet20_resnet8']))"
+    )
     for backend, message in {
-        "jaxx": "error: KERAS_BACKEND: unknown name 'jaxx'. Choices: tensorflow, jax, torch.",
-        "jax": "error: KERAS_BACKEND: 'jax' is not installed.",
+        "jaxx": "error: KERAS_BACKEND: 'jaxx' should be a known name. Did you mean 'jax'?",
+        "jax": "error: KERAS_BACKEND: 'jax' is not installed. Set KERAS_BACKEND=tensorflow or",
     }.items():
-        script = "import sys; sys.modules['jax'] = None; import train; sys.exit(train.main([]))"
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=False,
             env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,

@@ -5,7 +5,7 @@ import small
 from keras import layers
 
 import dskd_keras
-from dskd_keras import graph, heads
+from dskd_keras import graph, heads, keras_internals
 
 
 def classifier(name, make_map, input_shape, width):
@@ -149,7 +149,7 @@ def test_layers_of_nested_models_are_reached_by_path(sequential, tmp_path):
     inner = student.get_layer("backbone")
     expected = keras.Model(inner.inputs[0], inner.get_layer("stage1").output)(x, training=False)
     opened, (tapped,) = graph.tap("student_layers", student, ["backbone/stage1"])
-    taps = keras.Model(graph.input_structure(opened), tapped)
+    taps = keras.Model(keras_internals.input_structure(opened), tapped)
     np.testing.assert_allclose(
         keras.ops.convert_to_numpy(taps(x, training=False)),
         keras.ops.convert_to_numpy(expected),
@@ -167,7 +167,7 @@ def test_layers_of_nested_models_are_reached_by_path(sequential, tmp_path):
 
 def test_the_default_teacher_layer_is_the_last_map_before_pooling():
     def name(model):
-        return graph.last_feature_map(model)._keras_history.operation.name
+        return keras_internals.producer(graph.last_feature_map(model)).name
 
     assert name(small.convnet("a")) == "stage2"
     assert name(nested("b")) == "backbone"

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import small
 
-from dskd_keras import experiment, training
-from dskd_keras.command_line import parse
-from dskd_keras.config import ExperimentConfig
+from dskd_keras.experiment import build, training
+from dskd_keras.experiment.command_line import parse
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.run import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "digits": 10}
@@ -25,13 +26,13 @@ def seen():
 @pytest.mark.once
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_pair_takes_a_step(path, seen):
-    config = parse(ExperimentConfig, ["--pair", path.stem], CONFIGS, "train.py")
+    config = parse(ExperimentConfig, ["--pair", path.stem], "train.py")
     classes = CLASSES[config.dataset]
     size = 64 if config.dataset == "tiny_imagenet" else 32
     dataset = SimpleNamespace(num_classes=classes, input_shape=(size, size, 3))
-    teacher = experiment.create_teacher(config, dataset)
-    student = experiment.create_student(config, dataset)
-    distiller = experiment._distiller(config, teacher, student)
+    run = Run(config, dataset, console=None)
+    teacher, student = build.create_teacher(run), build.create_student(run)
+    distiller = build.distiller(run, teacher, student)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, size, size, 3)).astype("float32")
 

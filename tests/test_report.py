@@ -6,38 +6,44 @@ import dataclasses
 import html
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
-from dskd_keras import report
-from dskd_keras.config import ExperimentConfig
+from dskd_keras import drawing, report
 from dskd_keras.errors import InputError
-from dskd_keras.report import RunResult, drawing, folders, pictures, results_table
-from dskd_keras.report.__main__ import main
+from dskd_keras.report import RunResult, confusion, curves, layers, reading, results_table
+from dskd_keras.report.command import main
 
+ROOT = Path(__file__).parent.parent
 LAYERS = ("stage1", "stage2")
 CLASSES = ("ant", "bee", "cat")
 TEACHER = RunResult("teacher", "resnet20", 272474, 0.9, latency_ms=8.0, weight_bytes=2**21, seed=0)
 
 
-def write_seed(run, method="dskd", seed=0, epochs=3, done=None, **changes):
+def write_seed(run, method="dskd", seed=0, epochs=3, done=None, label_weight=1.0):
     """Writes the folder of a run; one with fewer epochs done than asked for is unfinished."""
     folder = run / method / f"seed-{seed}"
     folder.mkdir(parents=True)
-    config = ExperimentConfig(
-        teacher="resnet20", student="resnet8", method=method, dataset="digits", epochs=epochs,
-        student_layers=list(LAYERS), seeds=[seed], run_dir=str(run), **changes,
-    )  # fmt: skip
-    (folder / "config.yaml").write_text(config.to_yaml())
-    rows = [history_row(method, epoch) for epoch in range(epochs if done is None else done)]
+    config = {
+        "teacher": "resnet20", "student": "resnet8", "method": method, "dataset": "digits",
+        "epochs": epochs, "student_layers": list(LAYERS), "label_weight": label_weight,
+        "seeds": [seed], "run_dir": str(run),
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    rows = [history_row(method, epoch + 1) for epoch in range(epochs if done is None else done)]
     with open(folder / "history.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history_row(method, 0))
+        writer = csv.DictWriter(file, history_row(method, 1))
         writer.writeheader()
         writer.writerows(rows)
     if done is None:
@@ -52,14 +58,14 @@ def write_seed(run, method="dskd", seed=0, epochs=3, done=None, **changes):
             },
             **{"head_accuracies": {"stage1": 0.4567, "stage2": 0.61}} if method == "dskd" else {},
         )  # fmt: skip
-        (folder / "metrics.json").write_text(json.dumps(dataclasses.asdict(result)))
+        (folder / "metrics.json").write_text(result.to_json())
         write_confusion(folder, CLASSES, [[8, 2, 0], [0, 10, 0], [1, 0, 9]])
     return folder
 
 
 def history_row(method, epoch):
-    row = {"epoch": epoch, "accuracy": 0.5, "val_accuracy": 0.5 + 0.01 * epoch, "val_loss": 1.0}
-    row["loss"] = 5.0 / (1 + epoch)
+    row = {"epoch": epoch, "accuracy": 0.5, "val_accuracy": 0.49 + 0.01 * epoch, "val_loss": 1.0}
+    row["loss"] = 5.0 / epoch
     if method == "dskd":
         for position, layer in enumerate(LAYERS):
             for kind in ("prediction", "feature"):
@@ -101,7 +107,7 @@ def reported(tmp_path_factory):
         write_seed(run, method, seed)
     write_seed(run, "kd", 1, epochs=240, done=57)
     (run / "dskd" / "seed-0.unfinished-1").mkdir()
-    (run / "dskd" / "seed-0.unfinished-1" / "history.csv").write_text("epoch,loss\n0,77777\n")
+    (run / "dskd" / "seed-0.unfinished-1" / "history.csv").write_text("epoch,loss\n1,77777\n")
     return report.write([run])
 
 
@@ -170,7 +176,7 @@ def test_a_report_is_made_anew(reported, tmp_path):
     assert report.write([run]) == page
     assert (page.read_bytes(), (run / "learning_curves.png").read_bytes()) == before
     history = run / "kd" / "seed-0" / "history.csv"
-    row = {**history_row("kd", 3), "val_accuracy": 0.99}
+    row = {**history_row("kd", 4), "val_accuracy": 0.99}
     history.write_text(history.read_text() + ",".join(map(str, row.values())) + "\n")
     report.write([run])
     assert (run / "learning_curves.png").read_bytes() != before[1]
@@ -190,16 +196,20 @@ def test_runs_that_have_only_begun(tmp_path):
 
 def test_histories_that_were_cut_off_or_repeat_epochs(tmp_path):
     folder = write_seed(tmp_path / "run", "kd", done=0)
-    lines = ["epoch,loss,val_accuracy", "0,3.0,0.1", "1,2.5,0.2", "2,nan,0.3", "1,2.0,0.25"]
-    for end in ("", "2", "2,1.0", "2,1.0,0.", "2,1.0,0.9"):
-        (folder / "history.csv").write_text("\n".join(lines) + "\n" + end)
-        (run,) = folders.read_runs([tmp_path / "run"])
+    rows = ["{},3.0,0.1", "{},2.5,0.2", "{},nan,0.3", "{},2.0,0.25"]
+    # Those of older versions call their first epoch 0.
+    for first, end in ((1, ""), (1, "3"), (1, "3,1.0"), (0, "2,1.0,0."), (0, "2,1.0,0.9")):
+        epochs = [first, first + 1, first + 2, first + 1]
+        lines = [row.format(epoch) for row, epoch in zip(rows, epochs, strict=True)]
+        text = "\n".join(["epoch,loss,val_accuracy", *lines, end])
+        (folder / "history.csv").write_text(text)
+        (run,) = reading.read_runs([tmp_path / "run"])
         history = run.seeds[0].history
         np.testing.assert_array_equal(history["epoch"], [1, 2, 3])
         np.testing.assert_array_equal(history["val_accuracy"], [0.1, 0.25, 0.3])
         np.testing.assert_array_equal(history["loss"], [3.0, 2.0, np.nan])
         assert run.seeds[0].state == "epoch 3 of 3, unfinished"
-    drawn(pictures.learning_curves(run))
+    drawn(curves.learning_curves(run))
 
 
 @pytest.mark.parametrize(
@@ -302,9 +312,9 @@ def test_pictures_of_short_and_long_runs(tmp_path, epochs):
     before = dict(matplotlib.rcParams)
     write_seed(tmp_path / "run", "dskd", 0, epochs=epochs)
     write_seed(tmp_path / "run", "dskd", 1, epochs=epochs)
-    (run,) = folders.read_runs([tmp_path / "run"])
-    drawn(pictures.learning_curves(run))
-    for picture in (pictures.layer_weights, pictures.layer_losses):
+    (run,) = reading.read_runs(tmp_path / "run")
+    drawn(curves.learning_curves(run))
+    for picture in (layers.allocations, layers.losses):
         drawn(picture(run.seeds[0]))
     assert dict(matplotlib.rcParams) == before
 
@@ -312,25 +322,46 @@ def test_pictures_of_short_and_long_runs(tmp_path, epochs):
 def test_a_loss_that_is_no_number_any_more_is_left_out(tmp_path):
     folder = write_seed(tmp_path / "run", "dskd", done=3)
     text = (folder / "history.csv").read_text()
-    (folder / "history.csv").write_text(re.sub(r"(?m)^(1|2),.*", lambda m: re.sub(
+    (folder / "history.csv").write_text(re.sub(r"(?m)^(2|3),.*", lambda m: re.sub(
         r"(?<=,)[\d.]+", "nan", m[0]), text))  # fmt: skip
-    (run,) = folders.read_runs([tmp_path / "run"])
+    (run,) = reading.read_runs([tmp_path / "run"])
     assert np.isnan(run.seeds[0].history["loss"]).sum() == 2
-    drawn(pictures.learning_curves(run))
-    drawn(pictures.layer_losses(run.seeds[0]))
+    drawn(curves.learning_curves(run))
+    drawn(layers.losses(run.seeds[0]))
 
 
 def test_many_classes_have_the_most_confused_pairs_beside_the_matrix():
     counts = np.eye(200, dtype=int) * 50
     counts[7, 11], counts[3, 4] = 20, 5
-    matrix = folders.Confusion(tuple(f"class {number}" for number in range(200)), counts)
+    matrix = reading.Confusion(tuple(f"class {number}" for number in range(200)), counts)
     assert matrix.pairs(5) == [("class 7", "class 11", 20, 70), ("class 3", "class 4", 5, 55)]
-    wide = drawn(pictures.confusion(matrix))
+    wide = drawn(confusion.picture(matrix))
     assert wide.width > 1.8 * wide.height
     for count in (1, 21):
-        perfect = folders.Confusion(tuple("ab" * 11)[:count], np.eye(count, dtype=int))
+        perfect = reading.Confusion(tuple("ab" * 11)[:count], np.eye(count, dtype=int))
         assert perfect.pairs(5) == []
-        drawn(pictures.confusion(perfect))
+        drawn(confusion.picture(perfect))
+
+
+def test_cells_of_the_matrix_hold_counts_and_are_coloured_by_shares():
+    counts = np.array([[1999, 1], [3, 1]])
+    axes = drawing.new_figure(4, 4).add_subplot()
+    confusion._draw_matrix(axes, reading.Confusion(("a", "b"), counts))
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(0, 0): "1,999", (1, 0): "1", (0, 1): "3", (1, 1): "1"}
+    (image,) = axes.get_images()
+    np.testing.assert_allclose(image.get_array(), [[99.95, 0.05], [75.0, 25.0]])
+    # What is rare can be told from nothing, and from the rest.
+    colours = image.cmap(image.norm(np.array([0.0, 0.05, 1.0, 10.0])))
+    assert np.abs(np.diff(colours[:, :3], axis=0)).max(axis=1).min() > 0.01
+
+
+def test_twenty_layers_differ_in_colour_or_style():
+    layers = {f"layer{number}": np.array([1.0, np.nan, 2.0]) for number in range(20)}
+    lines = drawing.layer_lines(drawing.new_figure(4, 4).add_subplot(), np.arange(3), layers)
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 20
+    assert [line.get_label() for line in lines] == list(layers)
+    assert all(list(line.get_xdata()) == [0, 2] for line in lines)
 
 
 def test_labels_keep_apart_and_long_names_stay_different():
@@ -348,20 +379,25 @@ def test_results_of_other_versions_load(tmp_path):
     assert RunResult.from_dict({**values, "unheard_of": 1, "versions": None}) == RunResult(**values)
     full = RunResult(**values, head_accuracies={"a": 0.5}, teacher=values, latency_ms=1.5)
     path = tmp_path / "metrics.json"
-    path.write_text(json.dumps(dataclasses.asdict(full)))
+    path.write_text(full.to_json())
+    assert json.loads(path.read_text()) == dataclasses.asdict(full)
+    assert path.read_text().startswith("{\n  ") and path.read_text().endswith("}\n")
     assert RunResult.read(path) == full
     for content, message in (
         (None, "can't read"),
         ("{", "is damaged: not JSON"),
-        ("[]", "should be a dict"),
-        ('{"method": "kd"}', "the field 'model' is missing"),
-        (json.dumps({**values, "test_accuracy": "x"}), "'test_accuracy' should be a number"),
-        (json.dumps({**values, "head_accuracies": {"a": "x"}}), "of 'a' should be a number"),
+        ("[]", "Expected `object`, got `array`"),
+        ('{"method": "kd"}', "missing required field `model`"),
+        (json.dumps({**values, "model": None}), "missing required field `model`"),
+        (json.dumps({**values, "test_accuracy": "x"}), r"Expected `float`, .* `\$.test_accuracy`"),
+        (json.dumps({**values, "epochs": True}), r"Expected `int .* `\$.epochs`"),
+        (json.dumps({**values, "head_accuracies": {"a": "x"}}), r"`float`, .* `\$.head_accuracies"),
     ):
         path.unlink() if content is None else path.write_text(content)
         with pytest.raises(InputError, match=message) as error:
             RunResult.read(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+        assert str(error.value).startswith("result: ")
 
 
 def test_table_has_a_column_only_where_something_is_known():
@@ -383,6 +419,44 @@ def test_table_has_a_column_only_where_something_is_known():
         "0.0", "1,523", "±", "0", "2.50", "1.00", "0", "1", "2",
     ]  # fmt: skip
     assert "2.00" in next(line for line in text.splitlines() if "teacher" in line)  # MiB
+
+
+def test_the_report_needs_no_keras_and_checks_folders_before_it_imports_matplotlib(tmp_path):
+    write_seed(tmp_path / "run", "dskd")
+    script = (
+        "import sys\n"
+        "from dskd_keras.report.command import main\n"
+        "assert main([sys.argv[1] + '/no']) == 2\n"
+        "assert 'matplotlib' not in sys.modules and 'sklearn' not in sys.modules\n"
+        "assert main([sys.argv[1]]) == 0\n"
+        "assert 'matplotlib' in sys.modules and 'keras' not in sys.modules\n"
+        "sys.modules['matplotlib.axes'] = None\n"
+        "del sys.modules['dskd_keras.drawing'], sys.modules['dskd_keras.report.curves']\n"
+        "del sys.modules['dskd_keras'].drawing, sys.modules['dskd_keras.report'].curves\n"
+        "assert main([sys.argv[1]]) == 2\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run")],
+        env={**os.environ, "DSKD_KERAS_DEFER": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"error: run_dir: '{tmp_path}/run/no' does not exist. "
+        "Give a run folder, such as runs/PAIR.",
+        "error: picture: the package matplotlib is not installed. Install it with: "
+        "pip install 'dskd-keras[train]'",
+    ]
+
+
+def test_the_module_is_a_command(tmp_path):
+    write_seed(tmp_path / "run", "kd", done=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "dskd_keras.report", "run"], cwd=tmp_path,
+        env={**os.environ, "DSKD_KERAS_DEFER": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "Report: run/report.html" in done.stdout and not done.stderr
 
 
 def printed(results):

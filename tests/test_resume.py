@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import train
-from dskd_keras import checkpoints, training
+from dskd_keras.experiment import checkpoints, evaluation, pipeline, training
 
 ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
@@ -45,6 +45,15 @@ def _eagerly():
         yield
         tf.config.run_functions_eagerly(False)
     else:
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_report_and_timing():
+    """Half of the time of such short runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline.report, "write", lambda folders: "no report")
+        patched.setattr(evaluation, "_LATENCY_REPETITIONS", 1)
         yield
 
 
@@ -137,7 +146,7 @@ def after_steps(monkeypatch, steps, action):
     original = checkpoints.Checkpointer.on_train_batch_end
 
     def hooked(self, batch, logs=None):
-        if self._epoch * self._steps_per_epoch + self._first_step + batch + 1 == steps:
+        if self.steps(self.place_after(batch)) == steps:
             action()
         original(self, batch, logs)
 
@@ -281,7 +290,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(stopped, images, caps
 @pytest.mark.once
 def test_without_resume_an_interrupted_run_is_set_aside(finished, stopped, images, capsys):
     assert command(images, stopped.parents[2]) == 0
-    assert "An interrupted run was set aside" in capsys.readouterr().out
+    assert "What was interrupted is set aside" in capsys.readouterr().out
     aside = stopped.with_name("seed-0.unfinished-1")
     assert len(newest_first(aside)) == 2 and (aside / "student_interrupted.keras").exists()
     assert outcome(stopped.parents[2]) == finished[1]
@@ -326,14 +335,16 @@ def test_another_backend_is_refused_before_a_teacher_trains_for_it(
 
 def test_another_process_in_the_same_folder(stopped, images, capsys):
     holding = (
-        "import fcntl, os, sys\n"
-        "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+        "import filelock, sys\n"
+        "lock = filelock.FileLock(sys.argv[1])\n"
+        "lock.acquire()\n"
         "print('locked', flush=True)\n"
         "sys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", holding, stopped], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+        [sys.executable, "-c", holding, stopped.with_name(".seed-0.lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
         assert other.stdout.readline() == b"locked\n"
         assert command(images, stopped.parents[2], "--resume") == 2
         other.stdin.close()

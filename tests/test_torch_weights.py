@@ -249,5 +249,5 @@ def test_pytorch_is_asked_for_where_it_is_absent(tmp_path, monkeypatch):
     (tmp_path / "x.pth").touch()
     model = create()
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"^path: .*read with PyTorch, .*Install torch"):
+    with pytest.raises(InputError, match=r"^path: the package torch .*'dskd-keras\[torch\]'$"):
         models.load_torch_weights(model, tmp_path / "x.pth")

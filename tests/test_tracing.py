@@ -1,3 +1,6 @@
+import re
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -73,6 +76,13 @@ class Noisy(layers.Layer):
         return x + keras.random.normal(x.shape, seed=self.generator)
 
 
+class NoisyInPyTorch(layers.Layer):
+    """Draws anew with every call, past Keras."""
+
+    def call(self, x):
+        return x + x.new_empty(x.shape).normal_()
+
+
 class InPlace(layers.Layer):
     """Changes a copy that it made."""
 
@@ -84,23 +94,54 @@ class InPlace(layers.Layer):
         return y + x
 
 
-@pytest.mark.parametrize("layer, can_be", [(Branching, False), (Noisy, False), (InPlace, True)])
-def test_layers_that_do_other_things_give_what_they_give(layer, can_be):
+def warned(record):
+    """What was said of models that are not traced."""
+    return [str(w.message) for w in record if "layer by layer" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (Branching, r"PyTorch can't trace it \(Exception encountered when calling Branching.call"),
+        (Noisy, r"PyTorch can't trace it \(Exception encountered when calling Noisy.call"),
+        (NoisyInPyTorch, "its trace gives other outputs, as random layers do"),
+        (InPlace, None),
+    ],
+)
+def test_layers_that_do_other_things_give_what_they_give(layer, reason):
     inputs = keras.Input((3,))
-    model = keras.Model(inputs, layer()(layers.Dense(2)(inputs)))
+    model = keras.Model(inputs, layer()(layers.Dense(2)(inputs)), name="odd")
     traced = tracing.Traced(model)
-    if layer is Noisy:
-        outputs = [small.values([traced(tensor(2, 3))])[0] for _ in range(3)]
-        assert (outputs[0] != outputs[1]).all() and (outputs[1] != outputs[2]).all()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        if layer in (Noisy, NoisyInPyTorch):
+            outputs = [small.values([traced(tensor(2, 3))])[0] for _ in range(3)]
+            assert (outputs[0] != outputs[1]).all() and (outputs[1] != outputs[2]).all()
+        else:
+            for seed in range(4):
+                assert_same(traced, model, tensor(2, 3, seed=seed))
+        traced(tensor(3, 3))  # another shape: it has been said
+    assert made(traced) == [reason is None] * 2
+    if reason is None:
+        assert not warned(record)
     else:
-        for seed in range(4):
-            assert_same(traced, model, tensor(2, 3, seed=seed))
-    assert made(traced) == [can_be]
+        (message,) = warned(record)
+        assert re.match(
+            f"The model 'odd' runs layer by layer, not as a trace: {reason}.*\\. This is slower "
+            "and changes nothing else\\.$",
+            message,
+        )
+        assert "\n" not in message and "\x1b" not in message
+        assert "trying to get value out of a tracing tensor" in message or "random" in message
 
 
 def test_ever_new_shapes_are_not_traced_for_ever():
     model = small.convnet("model")
     traced = tracing.Traced(model)
-    for batch in range(1, 12):
-        assert_same(traced, model, tensor(batch, 8, 8, 2))
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for batch in range(1, 12):
+            assert_same(traced, model, tensor(batch, 8, 8, 2))
     assert len(made(traced)) == tracing._SHAPES
+    (message,) = warned(record)
+    assert "its batches have more than 8 shapes" in message

@@ -2,8 +2,9 @@
 
 from dskd_keras.callbacks.layer_weights import LayerWeightLogger
 from dskd_keras.callbacks.non_finite import StopOnNonFiniteLoss
-from dskd_keras.callbacks.progress import ProgressLine, Throughput
 from dskd_keras.callbacks.tensorboard import TensorBoardScalars
+from dskd_keras.callbacks.throughput import Throughput
+from dskd_keras.progress import ProgressLine
 
 __all__ = [
     "LayerWeightLogger",

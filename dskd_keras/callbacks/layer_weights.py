@@ -2,48 +2,47 @@
 
 import csv as csv_format
 import io
+import os
 import time
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import keras
 import numpy as np
 
-from dskd_keras import artifacts
-from dskd_keras.callbacks.progress import last_step
+from dskd_keras import checks, files
 from dskd_keras.callbacks.tensorboard import EventFile
 from dskd_keras.errors import InputError
+from dskd_keras.progress import last_step, steps_before
 
-_KINDS = {"prediction": "class predictions", "feature": "feature maps"}
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the pale yellow; the
-# line styles tell them apart in print. Their numbers share no divisor, so that pairs repeat late.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_STYLES = ("-", "--", "-.", ":")
-
-# More points than this are averaged in blocks: a picture has no room for them.
-_POINTS = 300
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 # Seconds between two pictures during the training; the last one comes at its end.
 _PICTURE_EVERY = 60.0
 
 
 class LayerWeightLogger(keras.callbacks.Callback):
-    """Records the weights that the supervised layers are given, and the losses they follow from.
+    """Records the allocations to the supervised layers, and the losses they follow from.
 
-    At the end of the training it prints a table of the layers' losses and weights in the first and
-    the last epoch. Files are written where they are asked for:
+    At the end of the training it prints a table of the layers' losses and allocations in the first
+    and the last epoch. Files are written where they are asked for:
 
-    - `csv`: a row a step with columns `epoch` and `step`, both counted from 0, the step in the
-      whole training, then every term of that step alone, as `Distiller.step_terms` names them (the
-      logs of `fit` hold means over the epoch). Every row is written at once, so a killed run leaves
-      whole lines.
-    - `picture`: weights and losses over the steps. It is written aside and renamed, at the end of
-      the training and, for longer ones, once a minute at the end of an epoch.
+    - `csv`: a row a step with columns `epoch` and `step`, then every term of that step alone, as
+      `Distiller.step_terms` names them (the logs of `fit` hold means over the epoch). The first
+      epoch is 1, and so is the first step of the whole training. Every row is written at once, so a
+      killed run leaves whole lines.
+    - `picture`: allocations and losses over the steps. It is written aside and renamed, at the end
+      of the training and, for longer ones, once a minute at the end of an epoch.
     - `tensorboard`: the terms of each step as scalars in `FOLDER/steps`, beside what
-      `TensorBoardScalars` writes into the same folder; no TensorFlow is used.
+      `TensorBoardScalars` writes into the same folder; no TensorFlow is used. Its steps are
+      Keras's own: the first one is 0.
 
-    With `steps_per_execution` the last of the steps that ran together is recorded.
+    With `steps_per_execution` the last of the steps that ran together is recorded. Where `fit`
+    goes on within an epoch, `Distiller.resumed_at` says how many of its steps were done before.
 
     Args:
         csv: Path of the CSV file. Defaults to none.
@@ -56,9 +55,6 @@ class LayerWeightLogger(keras.callbacks.Callback):
         append: Whether to go on with an existing CSV file, for a continued training with
             `initial_epoch`: its rows from the first new step on are removed, the others also appear
             in picture and table. Defaults to False: the file is replaced.
-        first_step: Steps of the epoch that were done before, where `fit` continues within one and
-            counts its batches from 0. It counts for the first epoch of the next `fit`, and may be
-            set as an attribute before each. Defaults to 0.
         console: A `rich.console.Console` for the table. Defaults to standard output.
 
     Raises:
@@ -75,46 +71,44 @@ class LayerWeightLogger(keras.callbacks.Callback):
 
     def __init__(
         self,
-        csv=None,
-        picture=None,
-        tensorboard=None,
-        every=1,
-        summary=True,
-        append=False,
-        first_step=0,
-        console=None,
-    ):
+        csv: str | os.PathLike[str] | None = None,
+        picture: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+        every: int = 1,
+        summary: bool = True,
+        append: bool = False,
+        console: "Console | None" = None,
+    ) -> None:
         super().__init__()
-        if not isinstance(every, int) or every < 1:
-            raise InputError(f"every should be a positive integer. Received: {every!r}.")
-        self.first_step = first_step
+        self._every = checks.whole("every", every, 1)
         self._csv = None if csv is None else Path(csv)
         self._picture = None if picture is None else Path(picture)
         self._events = None if tensorboard is None else EventFile(Path(tensorboard, "steps"))
-        self._every = every
         self._summary = summary
         self._append = append
         self._console = console
-        self._file = None
-        self._names = []
+        self._file: TextIO | None = None
+        self._names: list[str] = []
         # For the picture, rows of epoch, step and terms, one after the other.
         self._records = array("d")
-        self._epoch_means = {}
+        self._epoch_means: dict[int, dict[str, float]] = {}
+        # Epochs and steps are counted from 0 here, as Keras does.
+        self._epoch: int | None = None
+        self._start = self._steps = self._next = 0
+        self._last_picture = 0.0
         if self._picture is not None:
-            formats = _figure().canvas.get_supported_filetypes()
-            if self._picture.suffix[1:] not in formats:
-                raise InputError(
-                    f"picture: '{self._picture}' should end in .png or another format of "
-                    f"matplotlib's: {', '.join(sorted(formats))}."
-                )
+            # Matplotlib is imported for those alone who want a picture.
+            from dskd_keras import drawing
 
-    def on_train_begin(self, logs=None):
+            drawing.check_format("picture", self._picture)
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Checks the model."""
         names = getattr(self.model, "term_names", None)
         if names is None:
             raise InputError(
-                f"LayerWeightLogger: the model should be a dskd_keras.Distiller. Received: "
-                f"{type(self.model).__name__} '{self.model.name}'."
+                f"LayerWeightLogger: the model {type(self.model).__name__} '{self.model.name}' "
+                "should be a dskd_keras.Distiller."
             )
         if not any("/" in name for name in names):
             raise InputError(
@@ -124,11 +118,11 @@ class LayerWeightLogger(keras.callbacks.Callback):
             )
         if not self._append or names != self._names:
             self._records, self._epoch_means = array("d"), {}
-        self._names = names
-        self._epoch = self._start = None
+        self._names = list(names)
+        self._epoch = None
         self._last_picture = time.monotonic()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Finds the epoch's place in the training; opens the CSV file in the first one."""
         if self._epoch is None:
             self._begin(epoch)
@@ -136,7 +130,7 @@ class LayerWeightLogger(keras.callbacks.Callback):
             self._start += self._steps
         self._epoch, self._steps = epoch, 0
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Records the step, where it is one of those to be recorded."""
         batch = last_step(self, batch)
         self._steps = batch + 1
@@ -145,43 +139,40 @@ class LayerWeightLogger(keras.callbacks.Callback):
             return
         self._next = (step // self._every + 1) * self._every
         terms = self.model.step_terms()
+        record = [self._epoch, step, *terms.values()]
         if self._picture is not None:
-            self._records.extend((self._epoch, step, *terms.values()))
+            self._records.extend(record)
         if self._file is not None:
-            # Nine digits tell any two float32 apart.
-            values = ",".join(f"{value:.9g}" for value in terms.values())
-            self._file.write(f"{self._epoch},{step},{values}\n")
+            self._file.write(_line(record))
         if self._events is not None:
             self._events.write(step, terms)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Keeps the epoch's means."""
-        self._epoch_means[epoch] = {name: float(logs[name]) for name in self._names}
-        # These steps are in the first epoch alone.
-        self.first_step = 0
+        self._epoch_means[epoch] = {name: float((logs or {})[name]) for name in self._names}
         if self._picture is not None and time.monotonic() - self._last_picture > _PICTURE_EVERY:
-            self._draw()
+            self._draw(self._picture)
             self._last_picture = time.monotonic()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Closes the files, draws the picture and prints the table."""
         for file in (self._file, self._events):
             if file is not None:
                 file.close()
         self._file = None
-        if self._records:
-            self._draw()
+        if self._picture is not None and self._records:
+            self._draw(self._picture)
         if self._summary and self._epoch_means:
             from rich.console import Console
 
             (self._console or Console()).print(self.table())
 
-    def table(self):
-        """Returns a table of the layers' losses and weights, a `rich.table.Table`.
+    def table(self) -> "Table":
+        """Returns a table of the layers' losses and allocations.
 
         A row for each layer and kind of term: means over the first and the last epoch, and the mean
-        weight over all epochs. Epochs of before `append`, whose logs are gone, count with the mean
-        of their rows in the CSV file.
+        allocation over all epochs. Epochs of before `append`, whose logs are gone, count with the
+        mean of their rows in the CSV file.
 
         Raises:
             InputError: No epoch has ended yet.
@@ -191,159 +182,91 @@ class LayerWeightLogger(keras.callbacks.Callback):
         epochs = sorted(self._epoch_means)
         if not epochs:
             raise InputError("table: no epoch has ended yet.")
-        first, last = (self._epoch_means[epoch] for epoch in (epochs[0], epochs[-1]))
+        means = [self._epoch_means[epoch] for epoch in epochs]
         table = Table(
             title=f"Supervised layers: means of epoch {epochs[0] + 1} → {epochs[-1] + 1}",
             title_justify="left",
         )
         table.add_column("layer", overflow="fold")
         table.add_column("term", no_wrap=True)
-        for column in ("loss", "weight", "mean weight"):
+        for column in ("loss", "allocation", "mean allocation"):
             table.add_column(column, justify="right", no_wrap=True)
-        for kind in _KINDS:
-            for layer in self._layers(kind):
-                loss, weight = _of_layer(kind, layer)
-                mean = np.mean([self._epoch_means[epoch][weight] for epoch in epochs])
+        for kind in ("prediction", "feature"):
+            start = f"deep_{kind}_loss/"
+            for loss in (name for name in self._names if name.startswith(start)):
+                layer = loss.removeprefix(start)
+                losses = [values[loss] for values in means]
+                allocations = [values[f"deep_{kind}_allocation/{layer}"] for values in means]
                 table.add_row(
                     layer,
                     kind,
-                    f"{first[loss]:.4g} → {last[loss]:.4g}",
-                    f"{first[weight]:.3f} → {last[weight]:.3f}",
-                    f"{mean:.3f}",
+                    f"{losses[0]:.4g} → {losses[-1]:.4g}",
+                    f"{allocations[0]:.3f} → {allocations[-1]:.3f}",
+                    f"{np.mean(allocations):.3f}",
                 )
         return table
 
-    def _layers(self, kind):
-        start = f"deep_{kind}_loss/"
-        return [name.removeprefix(start) for name in self._names if name.startswith(start)]
+    def _begin(self, epoch: int) -> None:
+        """Finds the number of the first step, and takes up what there is of earlier ones."""
+        earlier = np.array(self._records).reshape(-1, 2 + len(self._names))
+        if self._append and self._csv is not None and self._csv.exists():
+            earlier = self._read(self._csv)
+        done = steps_before(self, epoch)
+        steps = (self.params or {}).get("steps")
+        if epoch == 0 or steps is not None:
+            self._start = epoch * ((steps or 0) + done) + done
+            earlier = earlier[earlier[:, 1] < self._start]
+        else:
+            # Keras does not know yet how many steps an epoch has.
+            earlier = earlier[earlier[:, 0] < epoch]
+            self._start = int(earlier[-1, 1]) + 1 if len(earlier) else 0
+        if self._picture is not None:
+            self._records = array("d", earlier.ravel())
+        for of_epoch in {int(number) for number in earlier[:, 0]} - self._epoch_means.keys():
+            values = earlier[earlier[:, 0] == of_epoch, 2:].mean(axis=0)
+            self._epoch_means[of_epoch] = dict(zip(self._names, values.tolist(), strict=True))
+        self._epoch_means = {e: means for e, means in self._epoch_means.items() if e < epoch}
+        # The same multiples as in a training that was not interrupted.
+        self._next = -(-self._start // self._every) * self._every
+        if self._csv is not None:
+            self._csv.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(self._csv, "".join([self._header(), *map(_line, earlier)]))
+            # Flushed after every line.
+            self._file = open(self._csv, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
-    def _header(self):
+    def _header(self) -> str:
         line = io.StringIO()
         # Names of layers may hold a comma.
         csv_format.writer(line, lineterminator="\n").writerow(["epoch", "step", *self._names])
         return line.getvalue()
 
-    def _begin(self, epoch):
-        """Finds the number of the first step, and takes up what is there of earlier ones."""
-        self._start = None
-        if epoch == 0 or self.params.get("steps") is not None:
-            steps_of_epoch = (self.params.get("steps") or 0) + self.first_step
-            self._start = epoch * steps_of_epoch + self.first_step
-
-        def is_earlier(of_epoch, step):
-            # Keras may not know yet how many steps an epoch has.
-            return of_epoch < epoch if self._start is None else step < self._start
-
-        rows = []
-        if self._append:
-            rows = [row for row in self._rows() if is_earlier(*row[1][:2])]
-            if rows and self._picture is not None:
-                self._records = array("d", (value for _, values in rows for value in values))
-            else:
-                records = self._table_of_records()
-                earlier = [is_earlier(*record[:2]) for record in records]
-                self._records = array("d", records[earlier].ravel())
-            for of_epoch in {values[0] for _, values in rows} - self._epoch_means.keys():
-                values = [values[2:] for _, values in rows if values[0] == of_epoch]
-                means = dict(zip(self._names, np.mean(values, axis=0).tolist(), strict=True))
-                self._epoch_means[int(of_epoch)] = means
-            self._epoch_means = {e: means for e, means in self._epoch_means.items() if e < epoch}
-        if self._start is None:
-            records = [values for _, values in rows] or self._table_of_records().tolist()
-            self._start = int(records[-1][1]) + 1 if records else 0
-        # The same multiples as in a training that was not interrupted.
-        self._next = -(-self._start // self._every) * self._every
-        if self._csv is not None:
-            self._csv.parent.mkdir(parents=True, exist_ok=True)
-            artifacts.write_text(self._csv, "".join([self._header(), *(line for line, _ in rows)]))
-            # Flushed after every line.
-            self._file = open(self._csv, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-
-    def _rows(self):
-        """Returns the CSV file's whole lines and their numbers, `[(line, [epoch, step, …])]`."""
-        if self._csv is None or not self._csv.exists():
-            return []
-        lines = self._csv.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and lines[0] != self._header():
+    def _read(self, path: Path) -> np.ndarray:
+        """Returns the whole lines of the CSV file, `[rows, 2 + terms]`, counted from 0."""
+        header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+        if header not in ("", self._header()):
             raise InputError(
-                f"csv: '{self._csv}' has other columns than the terms of this distiller: "
-                f"{lines[0].strip()}. Choose another file, or append=False."
+                f"csv: '{path}' has other columns than the terms of this distiller: "
+                f"{header.strip()}. Choose another file, or append=False."
             )
         # The last line may be cut off, by a disk that was full.
-        return [
-            (line, [float(value) for value in line.split(",")])
-            for line in lines[1:]
-            if line.endswith("\n")
-        ]
+        rows = [list(map(float, line.split(","))) for line in lines if line.endswith("\n")]
+        values = np.array(rows).reshape(-1, 2 + len(self._names))
+        # Older versions wrote them counted from 0.
+        if len(values) and values[0, 0] > 0:
+            values[:, :2] -= 1
+        return values
 
-    def _table_of_records(self):
-        return np.array(self._records).reshape(-1, 2 + len(self._names))
+    def _draw(self, path: Path) -> None:
+        from dskd_keras.callbacks import layer_picture
 
-    def _draw(self):
-        kinds = [kind for kind in _KINDS if self._layers(kind)]
-        layers = list(dict.fromkeys(layer for kind in kinds for layer in self._layers(kind)))
-        records = self._table_of_records()
-        # Blocks of one size, or the noise would change along the line.
-        size = -(-len(records) // _POINTS)
-        blocks = np.split(records, range(size, len(records), size))
-        _, steps, *columns = np.array([block.mean(axis=0) for block in blocks]).T
-        columns = dict(zip(self._names, columns, strict=True))
-
-        figure = _figure(figsize=(9, 0.8 + 2.6 * len(kinds)), dpi=150, layout="constrained")
-        axes = figure.subplots(len(kinds), 2, sharex=True, squeeze=False)
-        for (of_weights, of_losses), kind in zip(axes, kinds, strict=True):
-            for layer in self._layers(kind):
-                number = layers.index(layer)
-                style = {
-                    "color": _COLOURS[number % len(_COLOURS)],
-                    "linestyle": _STYLES[number % len(_STYLES)],
-                    "marker": "o" if len(steps) == 1 else None,
-                    "label": layer,
-                }
-                loss, weight = _of_layer(kind, layer)
-                of_weights.plot(steps, columns[weight], **style)
-                of_losses.plot(steps, columns[loss], **style)
-            of_weights.set_title(f"{_KINDS[kind]}: weights", loc="left", fontsize="medium")
-            uniform = 1 / len(self._layers(kind))
-            of_weights.axhline(uniform, color="0.6", linewidth=0.8, zorder=0, label="uniform")
-            # Tiny differences shouldn't fill the axes.
-            low, high = of_weights.get_ylim()
-            of_weights.set_ylim(min(low, uniform - 0.05), max(high, uniform + 0.05))
-            of_losses.set_title(f"{_KINDS[kind]}: losses", loc="left", fontsize="medium")
-            losses = np.array([columns[_of_layer(kind, layer)[0]] for layer in self._layers(kind)])
-            losses = losses[np.isfinite(losses)]
-            if losses.size and losses.max() > 20 * losses.min() > 0:
-                of_losses.set_yscale("log")
-            else:
-                of_losses.set_ylim(bottom=0)
-        for axis in axes.ravel():
-            axis.grid(alpha=0.3)
-        label = "training step"
-        if size > 1:
-            label += f" (a point is the mean of {size} records)"
-        figure.supxlabel(label, fontsize="medium")
-        # Outside the axes, where there is no data.
-        figure.legend(
-            *axes[0, 0].get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=min(len(layers) + 1, 6),
-        )
-        content = io.BytesIO()
-        figure.savefig(content, format=self._picture.suffix[1:])
-        self._picture.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_bytes(self._picture, content.getvalue())
+        _, steps, *columns = np.array(self._records).reshape(-1, 2 + len(self._names)).T
+        terms = dict(zip(self._names, columns, strict=True))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(path, layer_picture.picture(steps + 1, terms, path.suffix[1:]))
 
 
-def _of_layer(kind, layer):
-    return f"deep_{kind}_loss/{layer}", f"deep_{kind}_allocation/{layer}"
-
-
-def _figure(**options):
-    try:
-        # Not pyplot: it would choose a window system, and keep every figure.
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            "picture: it needs the package matplotlib. Install it: pip install matplotlib."
-        ) from None
-    return Figure(**options)
+def _line(record: Any) -> str:
+    """Returns a line of the CSV file, where the first epoch and the first step are 1."""
+    epoch, step, *values = record
+    # Nine digits tell any two float32 apart.
+    return f"{epoch + 1:.0f},{step + 1:.0f}," + ",".join(f"{value:.9g}" for value in values) + "\n"

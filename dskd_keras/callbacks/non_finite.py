@@ -1,11 +1,13 @@
 """A training run that can't recover ends where it broke."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 
-from dskd_keras.callbacks.progress import last_step
 from dskd_keras.errors import TrainingError
+from dskd_keras.progress import last_step, steps_before
 
 # What the other terms are made of; after the slash comes the layer.
 _LABEL = "label_loss"
@@ -28,13 +30,8 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     The loss is all that it looks at as long as that is finite, so it costs next to nothing. Put it
     before callbacks that save: they then never see the broken model.
 
-    Args:
-        first_step: Steps of the epoch that were done before, where `fit` continues within one and
-            counts its batches from 0. It counts for the first epoch of the next `fit`, and may be
-            set as an attribute before each. Defaults to 0.
-
     Raises:
-        TrainingError: From `fit`. The message begins with epoch and step, counted from 1.
+        TrainingError: From `fit`. The message begins with epoch and step; the first ones are 1.
 
     Example:
 
@@ -44,40 +41,35 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, first_step=0):
+    def __init__(self) -> None:
         super().__init__()
-        self.first_step = first_step
         self._epoch = 0
         self._begin = 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Notes the epoch."""
         self._epoch = epoch
 
-    def on_epoch_end(self, epoch, logs=None):
-        """The next epoch begins at its first step."""
-        self.first_step = 0
-
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Notes the first of the steps that run together."""
         self._begin = batch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Looks at the loss, and at its terms where it is not finite."""
-        loss = (logs or {}).get("loss", 0.0)
-        if math.isfinite(loss):
+        logs = logs or {}
+        if math.isfinite(logs.get("loss", 0.0)):
             return
-        first = self.first_step + self._begin + 1
-        last = self.first_step + last_step(self, batch) + 1
+        done = steps_before(self, self._epoch)
+        first, last = done + self._begin + 1, done + last_step(self, batch) + 1
         steps = f"step {last}" if first == last else f"steps {first} to {last}"
-        bad, advice = _cause(logs, getattr(self.model, "term_names", ()))
-        bad = ", ".join(f"{name}={logs[name]}" for name in bad)
+        names, advice = _cause(logs, getattr(self.model, "term_names", ()))
+        bad = ", ".join(f"{name}={logs[name]}" for name in names)
         raise TrainingError(
             f"epoch {self._epoch + 1}, {steps}: the loss is not finite: {bad}. {advice}"
         )
 
 
-def _cause(logs, terms):
+def _cause(logs: Mapping[str, Any], terms: Sequence[str]) -> tuple[list[str], str]:
     """Returns `(names, advice)`: the terms at the root of it, and what to do in a sentence."""
     bad = [name for name in terms if not math.isfinite(logs[name])]
     roots = [name for name in terms if name in (_LABEL, _PREDICTION) or name.startswith(_DEEP)]

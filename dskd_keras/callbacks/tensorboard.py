@@ -4,11 +4,13 @@ import itertools
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import keras
 
-from dskd_keras.errors import InputError
+from dskd_keras.errors import missing_package
 
 
 class TensorBoardScalars(keras.callbacks.Callback):
@@ -17,7 +19,7 @@ class TensorBoardScalars(keras.callbacks.Callback):
     `keras.callbacks.TensorBoard` runs TensorFlow, which a run on JAX or PyTorch may not have, or
     may not want: it would take the memory of the same GPU. Layout and names are those of Keras's
     callback: `FOLDER/train` and `FOLDER/validation` hold the same tags, `epoch_NAME`, with the
-    epoch, counted from 0, as the step; `epoch_learning_rate` is in `train`, also where it follows a
+    epoch as the step, the first one 0; `epoch_learning_rate` is in `train`, also where it follows a
     schedule. Files are complete after every epoch. Where training goes on at a later epoch in the
     same folder, what an interrupted run wrote from that epoch on is no longer shown.
 
@@ -34,12 +36,12 @@ class TensorBoardScalars(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
         self._train = EventFile(Path(folder, "train"))
         self._validation = EventFile(Path(folder, "validation"))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Writes the epoch's logs."""
         train, validation = {}, {}
         for name, value in (logs or {}).items():
@@ -53,13 +55,13 @@ class TensorBoardScalars(keras.callbacks.Callback):
         if validation:
             self._validation.write(epoch, validation)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Closes the files; another `fit` writes into new ones."""
         self._train.close()
         self._validation.close()
 
 
-def _learning_rates(optimizer):
+def _learning_rates(optimizer: Any) -> dict[str, float]:
     # As Keras's callback names them.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if hasattr(optimizer, "optimizers"):
@@ -67,7 +69,7 @@ def _learning_rates(optimizer):
     return {"learning_rate": _rate(optimizer)}
 
 
-def _rate(optimizer):
+def _rate(optimizer: Any) -> float:
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
@@ -86,18 +88,19 @@ class EventFile:
     # Makes the names of a process's files differ; the later one sorts last.
     _numbers = itertools.count()
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = Path(folder)
-        self._file = None
+        self._file: BinaryIO | None = None
+        self._records: Any = None
         _tensorboard()
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes scalars of one step, and flushes.
 
         Args:
-            step: Integer. Where the file is new, TensorBoard drops what older files of the folder
+            step: The step. Where the file is new, TensorBoard drops what older files of the folder
                 hold from this step on: a run that was interrupted, and is continued here.
-            scalars: A dict of tags and numbers.
+            scalars: Numbers by their tags.
         """
         _, summaries, _ = _tensorboard()
         values = [
@@ -106,11 +109,11 @@ class EventFile:
         ]
         self.write_summary(step, summaries.Summary(value=values))
 
-    def write_summary(self, step, summary):
+    def write_summary(self, step: int, summary: Any) -> None:
         """Writes a summary of any kind, and flushes.
 
         Args:
-            step: Integer, as in `write`.
+            step: The step, as in `write`.
             summary: A `tensorboard.compat.proto.summary_pb2.Summary`.
         """
         events, _, records = _tensorboard()
@@ -130,23 +133,21 @@ class EventFile:
         self._add(events.Event(step=step, summary=summary))
         self._file.flush()
 
-    def close(self):
+    def close(self) -> None:
         """Closes the file; a later `write` makes another."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _add(self, event):
+    def _add(self, event: Any) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
 
 
-def _tensorboard():
+def _tensorboard() -> tuple[Any, Any, Any]:
     try:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer import record_writer
     except ImportError:
-        raise InputError(
-            "TensorBoard's files need the package tensorboard. Install it: pip install tensorboard."
-        ) from None
+        raise missing_package("tensorboard", "tensorboard", "train") from None
     return event_pb2, summary_pb2, record_writer

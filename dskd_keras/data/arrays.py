@@ -3,10 +3,11 @@
 import math
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 
+from dskd_keras.data.reading import in_threads, needed
 from dskd_keras.errors import InputError
 
 # Every split is made with this seed and not with a run's: a teacher and all seeds of its students
@@ -17,7 +18,7 @@ IN_MEMORY_BYTES = 4 * 2**30
 _CHUNK_BYTES = 64 * 2**20
 
 
-def allocate_images(shape):
+def allocate_images(shape: Sequence[int]) -> np.ndarray:
     """Returns a zeroed uint8 array, on disk where it would take more than 4 GiB of memory.
 
     Args:
@@ -28,7 +29,7 @@ def allocate_images(shape):
         it disappears with the array, even where the process is killed.
 
     Raises:
-        InputError: Where the temporary folder has no room for it.
+        InputError: The temporary folder has no room for it.
     """
     size = math.prod(shape)
     if size <= IN_MEMORY_BYTES:
@@ -45,7 +46,7 @@ def allocate_images(shape):
         return np.memmap(file, np.uint8, "w+", shape=tuple(shape)).view(np.ndarray)
 
 
-def take(images, indices):
+def take(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Returns `images[indices]`, on disk where the result is large.
 
     Args:
@@ -61,7 +62,7 @@ def take(images, indices):
     return taken
 
 
-def resize(images, size):
+def resize(images: np.ndarray, size: int) -> np.ndarray:
     """Returns the images at `size` × `size`, bilinear and antialiased, with Pillow.
 
     Args:
@@ -71,24 +72,21 @@ def resize(images, size):
     Returns:
         uint8 `[N, size, size, C]`.
     """
-    from PIL import Image
-
     if images.shape[1:3] == (size, size):
         return images
+    pillow = needed("PIL.Image", "pillow")
     resized = allocate_images((len(images), size, size, images.shape[3]))
 
-    def resize_one(index):
+    def resize_one(index: int) -> None:
         for channel in range(images.shape[3]):
-            image = Image.fromarray(np.ascontiguousarray(images[index, :, :, channel]))
-            resized[index, :, :, channel] = image.resize((size, size), Image.Resampling.BILINEAR)
+            image = pillow.fromarray(np.ascontiguousarray(images[index, :, :, channel]))
+            resized[index, :, :, channel] = image.resize((size, size), pillow.Resampling.BILINEAR)
 
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(resize_one, range(len(images))):
-            pass
+    in_threads(resize_one, range(len(images)))
     return resized
 
 
-def stratified_split(labels, count, field):
+def stratified_split(labels: np.ndarray, count: int, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Divides the indices of `labels` so that both parts have the same mix of classes.
 
     Args:
@@ -102,10 +100,9 @@ def stratified_split(labels, count, field):
         of classes the choice is random, since there is no mix of classes to keep.
 
     Raises:
-        InputError: Where `rest` would have fewer images than there are classes.
+        InputError: `rest` would have fewer images than there are classes.
     """
-    from sklearn.model_selection import train_test_split
-
+    train_test_split = needed("sklearn.model_selection", "scikit-learn").train_test_split
     _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     divisible = np.flatnonzero(sizes[inverse] > 1)
     num_classes = int(np.count_nonzero(sizes > 1))
@@ -125,7 +122,7 @@ def stratified_split(labels, count, field):
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def hold_out(labels):
+def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     """Sets 20 % of the images apart as a test set, and at least one image a class.
 
     Args:
@@ -140,7 +137,7 @@ def hold_out(labels):
     return train, test, note
 
 
-def channel_statistics(images):
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the mean and the standard deviation of each channel, of pixels in [0, 1].
 
     Counts how often each of the 256 values occurs and sums in integers: this needs no float copy
@@ -171,7 +168,7 @@ def channel_statistics(images):
     return tuple(means), tuple(deviations)
 
 
-def chunks(images):
+def chunks(images: np.ndarray) -> list[slice]:
     """Returns slices that divide `images` into parts of at most 64 MiB (or one image).
 
     Args:

@@ -1,17 +1,23 @@
 """Batches for training, augmented anew each epoch, and for evaluation."""
 
+import functools
 import math
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 
-from dskd_keras.data.dataset import AUGMENTATIONS
-from dskd_keras.errors import InputError, unknown_name
+from dskd_keras import checks
+from dskd_keras.data.dataset import check_augmentation
+from dskd_keras.errors import InputError
 
 PADDING = 4
+# Which of the images: indices `[B]`, or a part of them in order.
+_Chosen = np.ndarray | slice
+_Floats = Sequence[float]
 
 
-def normalize(images, mean, std):
+def normalize(images: np.ndarray, mean: _Floats, std: _Floats) -> np.ndarray:
     """Returns `(images / 255 - mean) / std`.
 
     Args:
@@ -22,9 +28,9 @@ def normalize(images, mean, std):
     Returns:
         float32 of the shape of `images`.
     """
-    std = np.asarray(std, np.float64)
-    scale = 1 / (255 * std)
-    offset = -np.asarray(mean, np.float64) / std
+    deviation = np.asarray(std, np.float64)
+    scale = 1 / (255 * deviation)
+    offset = -np.asarray(mean, np.float64) / deviation
     # A whole image row at once: NumPy's broadcast over three channels takes many times as long.
     width = images.shape[-2]
     rows = images.reshape(*images.shape[:-2], -1).astype(np.float32)
@@ -33,7 +39,7 @@ def normalize(images, mean, std):
     return rows.reshape(images.shape)
 
 
-def crop(images, top, left):
+def crop(images: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
     """Pads each image with 4 black pixels on every side and cuts a window out.
 
     Args:
@@ -55,7 +61,7 @@ def crop(images, top, left):
     return windows[np.arange(batch), top, left * channels].reshape(images.shape)
 
 
-def flip(images, flipped):
+def flip(images: np.ndarray, flipped: np.ndarray) -> np.ndarray:
     """Mirrors some images left to right.
 
     Args:
@@ -83,17 +89,17 @@ class Augmentation:
         InputError: The name is unknown.
     """
 
-    def __init__(self, name, count, rng):
-        if name not in AUGMENTATIONS:
-            raise unknown_name("augmentation", name, AUGMENTATIONS)
-        self._corner = self._flipped = None
+    def __init__(self, name: str, count: int, rng: np.random.Generator) -> None:
+        check_augmentation(name)
+        self._corner: np.ndarray | None = None
+        self._flipped: np.ndarray | None = None
         if name != "none":
             # As bytes: the fixed views of a whole data set are kept.
             self._corner = rng.integers(0, 2 * PADDING + 1, size=(2, count)).astype(np.uint8)
         if name == "crop_flip":
             self._flipped = rng.random(count) < 0.5
 
-    def __call__(self, images, chosen=slice(None)):
+    def __call__(self, images: np.ndarray, chosen: _Chosen = slice(None)) -> np.ndarray:
         """Returns the images, cropped and mirrored.
 
         Args:
@@ -123,17 +129,18 @@ class FixedViews:
         std: C floats, of pixels in [0, 1].
     """
 
-    def __init__(self, images, count, augmentation, mean, std):
+    def __init__(
+        self, images: np.ndarray, count: int, augmentation: str, mean: _Floats, std: _Floats
+    ) -> None:
         self.images = images
         self.count = count
-        self._mean = mean
-        self._std = std
+        self._to_input = functools.partial(to_input, mean=mean, std=std)
         self._views = [
             Augmentation(augmentation, len(images), np.random.default_rng(view))
             for view in range(count)
         ]
 
-    def __call__(self, view, chosen):
+    def __call__(self, view: int, chosen: np.ndarray) -> np.ndarray:
         """Returns views of some images.
 
         Args:
@@ -144,10 +151,44 @@ class FixedViews:
             float32 `[B, H, W, C]`, or `[B, C, H, W]` where Keras's image data format is
             `"channels_first"`.
         """
-        return to_input(self._views[view](self.images[chosen], chosen), self._mean, self._std)
+        return self._to_input(self._views[view](self.images[chosen], chosen))
 
 
-class TrainingBatches(keras.utils.PyDataset):
+class _Batches(keras.utils.PyDataset):
+    """Normalised images and their labels, in batches."""
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, batch_size: int, mean: _Floats, std: _Floats
+    ) -> None:
+        super().__init__(workers=1)
+        if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
+            raise InputError(
+                f"images: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C], N"
+                " above 0, and uint8."
+            )
+        if labels.shape != (len(images),):
+            raise InputError(f"labels: shape {labels.shape} should be ({len(images)},).")
+        self.images = images
+        self.labels = labels.astype(np.int32)
+        self.batch_size = checks.whole("batch_size", batch_size, 1)
+        self.mean = mean
+        self.std = std
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold each image once, the smaller last one included."""
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def _batch(
+        self, chosen: _Chosen, augmentation: Augmentation | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        images = self.images[chosen]
+        if augmentation is not None:
+            images = augmentation(images)
+        return to_input(images, self.mean, self.std), self.labels[chosen]
+
+
+class TrainingBatches(_Batches):
     """Shuffled and augmented batches without end, each a pure function of its place.
 
     Keras calls `on_epoch_begin` a different number of times on each backend, and fetches batches of
@@ -179,48 +220,33 @@ class TrainingBatches(keras.utils.PyDataset):
         first_batch: Batches of the training that were done before. Defaults to 0.
 
     Raises:
-        InputError: Where an argument is out of its range.
+        InputError: An argument is out of its range.
     """
 
     def __init__(
         self,
-        images,
-        labels,
-        batch_size,
-        seed,
-        mean,
-        std,
-        augmentation="crop_flip",
-        first_batch=0,
-    ):
-        super().__init__(workers=1)
-        _check(images, labels, batch_size)
-        if augmentation not in AUGMENTATIONS:
-            raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-        for field, value in (("seed", seed), ("first_batch", first_batch)):
-            if value < 0:
-                raise InputError(f"{field}: {value} should be 0 or more.")
-        self.images = images
-        self.labels = labels.astype(np.int32)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.mean = mean
-        self.std = std
+        images: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        seed: int,
+        mean: _Floats,
+        std: _Floats,
+        augmentation: str = "crop_flip",
+        first_batch: int = 0,
+    ) -> None:
+        super().__init__(images, labels, batch_size, mean, std)
+        check_augmentation(augmentation)
+        self.seed = checks.whole("seed", seed, 0)
         self.augmentation = augmentation
-        self.first_batch = first_batch
-        self._order = (None, None)
+        self.first_batch = checks.whole("first_batch", first_batch, 0)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
     @property
-    def num_batches(self):
+    def num_batches(self) -> None:
         """`None`: Keras then reads on from epoch to epoch instead of starting again at batch 0."""
         return None
 
-    @property
-    def steps_per_epoch(self):
-        """Batches in an epoch, the smaller last one included."""
-        return math.ceil(len(self.images) / self.batch_size)
-
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `index`, counted from `first_batch`.
 
         Args:
@@ -232,10 +258,9 @@ class TrainingBatches(keras.utils.PyDataset):
         """
         epoch, step, chosen = self.place(index)
         rng = np.random.default_rng([self.seed, epoch, step + 1])
-        images = Augmentation(self.augmentation, len(chosen), rng)(self.images[chosen])
-        return to_input(images, self.mean, self.std), self.labels[chosen]
+        return self._batch(chosen, Augmentation(self.augmentation, len(chosen), rng))
 
-    def place(self, index):
+    def place(self, index: int) -> tuple[int, int, np.ndarray]:
         """Returns `(epoch, step, chosen)` of batch `index`; `chosen` are the images' indices `[B]`.
 
         Args:
@@ -245,7 +270,7 @@ class TrainingBatches(keras.utils.PyDataset):
         start = step * self.batch_size
         return epoch, step, self._permutation(epoch)[start : start + self.batch_size]
 
-    def _permutation(self, epoch):
+    def _permutation(self, epoch: int) -> np.ndarray:
         # One tuple, read once and replaced whole: several threads may be here, in two epochs.
         known, order = self._order
         if known != epoch:
@@ -254,7 +279,7 @@ class TrainingBatches(keras.utils.PyDataset):
         return order
 
 
-class EvaluationBatches(keras.utils.PyDataset):
+class EvaluationBatches(_Batches):
     """Batches in order, each image once and as it is.
 
     Args:
@@ -265,24 +290,15 @@ class EvaluationBatches(keras.utils.PyDataset):
         std: C floats, of pixels in [0, 1].
 
     Raises:
-        InputError: Where an argument is out of its range.
+        InputError: An argument is out of its range.
     """
 
-    def __init__(self, images, labels, batch_size, mean, std):
-        super().__init__(workers=1)
-        _check(images, labels, batch_size)
-        self.images = images
-        self.labels = labels.astype(np.int32)
-        self.batch_size = batch_size
-        self.mean = mean
-        self.std = std
-
     @property
-    def num_batches(self):
+    def num_batches(self) -> int:
         """Batches in one pass, the smaller last one included."""
-        return math.ceil(len(self.images) / self.batch_size)
+        return self.steps_per_epoch
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `index` of one pass.
 
         Args:
@@ -293,23 +309,10 @@ class EvaluationBatches(keras.utils.PyDataset):
         """
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of {self.num_batches}")
-        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        return to_input(self.images[part], self.mean, self.std), self.labels[part]
+        return self._batch(slice(index * self.batch_size, (index + 1) * self.batch_size))
 
 
-def _check(images, labels, batch_size):
-    if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
-        raise InputError(
-            f"images: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C], N above"
-            " 0, and uint8."
-        )
-    if labels.shape != (len(images),):
-        raise InputError(f"labels: shape {labels.shape} should be ({len(images)},).")
-    if batch_size < 1:
-        raise InputError(f"batch_size: {batch_size} should be 1 or more.")
-
-
-def to_input(images, mean, std):
+def to_input(images: np.ndarray, mean: _Floats, std: _Floats) -> np.ndarray:
     """Returns normalised images in Keras's image data format; see `normalize`."""
     x = normalize(images, mean, std)
     if keras.config.image_data_format() == "channels_first":

@@ -1,38 +1,25 @@
 """The form in which every data set reaches training: arrays, class names and normalisation."""
 
 import dataclasses
+import functools
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 
 from dskd_keras.data import arrays
-from dskd_keras.errors import InputError, unknown_name
+from dskd_keras.errors import InputError, unknown_name, wrong
 
 AUGMENTATIONS = ("crop_flip", "crop", "none")
 
 
-class LoadedImages(NamedTuple):
-    """What a source hands over: all of its images, before a subset or a validation split.
-
-    `mean` and `std` are given where the field has agreed on constants, and `None` where they are to
-    be measured on the training images.
-    """
-
-    name: str
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
-    class_names: tuple[str, ...]
-    augmentation: str = "crop_flip"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    notes: tuple[str, ...] = ()
+def check_augmentation(name: str) -> None:
+    """Raises `InputError` unless `name` is one of `AUGMENTATIONS`."""
+    if name not in AUGMENTATIONS:
+        raise unknown_name("augmentation", name, AUGMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageDataset:
+class LoadedImages:
     """Images and labels for classification, checked.
 
     Attributes:
@@ -42,16 +29,16 @@ class ImageDataset:
         x_test: uint8 `[M, H, W, C]`.
         y_test: int32 `[M]`.
         class_names: One name a class, in the order of the labels.
-        mean: Mean of each channel, of pixels in [0, 1].
-        std: Standard deviation of each channel, of pixels in [0, 1]; positive.
+        mean: Mean of each channel, of pixels in [0, 1], or `None` where it isn't known yet.
+        std: Standard deviation of each channel, of pixels in [0, 1] and positive, or `None`.
         x_validation: uint8 `[K, H, W, C]`, or `None` without a validation split.
         y_validation: int32 `[K]`, or `None`.
         augmentation: `"crop_flip"`, `"crop"` or `"none"`: what suits these images by default.
         notes: Sentences that a user should read before trusting a number.
 
     Raises:
-        InputError: Where a part is empty, has images of another type or size, or labels that don't
-            fit its images or the classes.
+        InputError: A part is empty, has images of another type or size, or labels that don't fit
+            its images or the classes.
     """
 
     name: str
@@ -60,42 +47,104 @@ class ImageDataset:
     x_test: np.ndarray
     y_test: np.ndarray
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     x_validation: np.ndarray | None = None
     y_validation: np.ndarray | None = None
     augmentation: str = "crop_flip"
     notes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.x_validation is None) != (self.y_validation is None):
             raise InputError("x_validation and y_validation: give both or neither.")
-        check_arrays(self)
-        channels = self.x_train.shape[3]
-        for field in ("mean", "std"):
-            values = np.asarray(getattr(self, field), np.float64)
-            if values.shape != (channels,) or not np.isfinite(values).all():
-                raise InputError(
-                    f"{field}: {getattr(self, field)!r} should be one finite number for each of the"
-                    f" {channels} channels."
-                )
-        if min(self.std) <= 0:
-            raise InputError(f"std: {self.std!r} should be positive in every channel.")
-        if self.augmentation not in AUGMENTATIONS:
-            raise unknown_name("augmentation", self.augmentation, AUGMENTATIONS)
+        if self.num_classes < 2:
+            raise InputError(
+                f"dataset: {self.name!r} has {self.num_classes} class(es), and classification needs"
+                " two."
+            )
+        for part in ("train", "test", *([] if self.x_validation is None else ["validation"])):
+            self._check_part(part)
+        check_augmentation(self.augmentation)
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
     @property
-    def input_shape(self):
+    def input_shape(self) -> tuple[int, int, int]:
         """`(H, W, C)` of one image."""
-        return tuple(self.x_train.shape[1:])
+        height, width, channels = self.x_train.shape[1:]
+        return height, width, channels
 
-    def fingerprint(self):
-        """Returns a short hex string that stands for what a teacher is trained on.
+    def _check_part(self, part: str) -> None:
+        x, y = f"x_{part}", f"y_{part}"
+        images, labels = getattr(self, x), getattr(self, y)
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise InputError(
+                f"{x}: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C] and"
+                " uint8."
+            )
+        if len(images) == 0:
+            raise InputError(f"{x}: the data set {self.name!r} has no images in this part.")
+        if 0 in images.shape:
+            raise InputError(f"{x}: images of shape {images.shape[1:]} have no pixels.")
+        if images.shape[1:] != self.x_train.shape[1:]:
+            raise InputError(
+                f"{x}: images of shape {images.shape[1:]} should have the shape of the training"
+                f" images, {self.x_train.shape[1:]}."
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+            raise InputError(
+                f"{y}: shape {labels.shape} and dtype {labels.dtype} should be [N] and integer."
+            )
+        if len(labels) != len(images):
+            raise InputError(
+                f"{y}: {len(labels)} labels should be as many as the {len(images)} images in {x}."
+            )
+        low, high, most = int(labels.min()), int(labels.max()), self.num_classes - 1
+        if low < 0 or high > most:
+            raise InputError(
+                f"{y}: labels from {low} to {high} should lie in 0 … {most}, the"
+                f" {self.num_classes} classes."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset(LoadedImages):
+    """Images and labels for classification, checked, with their normalisation.
+
+    Args and attributes are those of `LoadedImages`. Where `mean` or `std` is not given, it is
+    measured on the training images.
+
+    Raises:
+        InputError: As for `LoadedImages`, or the normalisation doesn't fit the images.
+    """
+
+    mean: tuple[float, ...] = None  # type: ignore[assignment]
+    std: tuple[float, ...] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        channels = self.x_train.shape[3]
+        if self.mean is None or self.std is None:
+            mean, std = arrays.channel_statistics(self.x_train)
+            object.__setattr__(self, "mean", mean if self.mean is None else self.mean)
+            object.__setattr__(self, "std", std if self.std is None else self.std)
+        for field in ("mean", "std"):
+            values = np.asarray(getattr(self, field), np.float64)
+            if values.shape != (channels,) or not np.isfinite(values).all():
+                raise wrong(
+                    field,
+                    getattr(self, field),
+                    f"one finite number for each of the {channels} channels",
+                )
+        if min(self.std) <= 0:
+            raise wrong("std", self.std, "positive in every channel")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short hex string that stands for what a teacher is trained on.
 
         It covers the training images and labels, the normalisation and the number of classes, and
         is the same in every process and on every machine for the same contents.
@@ -105,58 +154,5 @@ class ImageDataset:
         digest.update(np.asarray([self.mean, self.std], "<f8").tobytes())
         digest.update(self.y_train.astype("<i4").tobytes())
         for part in arrays.chunks(self.x_train):
-            digest.update(np.ascontiguousarray(self.x_train[part]))
+            digest.update(np.ascontiguousarray(self.x_train[part]).data)
         return digest.hexdigest()
-
-
-def check_arrays(data):
-    """Checks the images and labels of an `ImageDataset` or of `LoadedImages`.
-
-    Args:
-        data: Either of the two.
-
-    Raises:
-        InputError: Names the array and what it should be.
-    """
-    num_classes = len(data.class_names)
-    if num_classes < 2:
-        raise InputError(
-            f"dataset: {data.name!r} has {num_classes} class(es), and classification needs two."
-        )
-    _check_part(data, "train", num_classes)
-    _check_part(data, "test", num_classes)
-    if getattr(data, "x_validation", None) is not None:
-        _check_part(data, "validation", num_classes)
-
-
-def _check_part(data, part, num_classes):
-    images, labels = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise InputError(
-            f"x_{part}: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C] and"
-            " uint8."
-        )
-    if len(images) == 0:
-        raise InputError(f"x_{part}: the data set {data.name!r} has no images in this part.")
-    if 0 in images.shape:
-        raise InputError(f"x_{part}: images of shape {images.shape[1:]} have no pixels.")
-    if images.shape[1:] != data.x_train.shape[1:]:
-        raise InputError(
-            f"x_{part}: images of shape {images.shape[1:]} should have the shape of the training"
-            f" images, {data.x_train.shape[1:]}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        raise InputError(
-            f"y_{part}: shape {labels.shape} and dtype {labels.dtype} should be [N] and integer."
-        )
-    if len(labels) != len(images):
-        raise InputError(
-            f"y_{part}: {len(labels)} labels should be as many as the {len(images)} images in"
-            f" x_{part}."
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise InputError(
-            f"y_{part}: labels from {low} to {high} should lie in 0 … {num_classes - 1}, the"
-            f" {num_classes} classes."
-        )

@@ -1,14 +1,13 @@
 """Data sets that need no TensorFlow: digits, `.npz` files and folders of images."""
 
-import textwrap
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from dskd_keras.data import arrays
 from dskd_keras.data.dataset import LoadedImages
+from dskd_keras.data.reading import AnyPath, in_threads, needed, refused
 from dskd_keras.errors import InputError
 
 _DIGITS_SIZE = 32
@@ -20,7 +19,7 @@ _TEST_FOLDERS = ("test", "val", "validation", "valid")
 _FILES_A_TASK = 64
 
 
-def load_digits(image_size=None):
+def load_digits(image_size: int | None = None) -> LoadedImages:
     """Loads scikit-learn's 1,797 handwritten digits, which need no download.
 
     Args:
@@ -30,9 +29,7 @@ def load_digits(image_size=None):
     Returns:
         `LoadedImages` with three equal channels; about 20 % of the images are the test set.
     """
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
+    digits = needed("sklearn.datasets", "scikit-learn").load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     images = np.repeat(arrays.resize(images, image_size or _DIGITS_SIZE), 3, axis=-1)
     labels = digits.target.astype(np.int32)
@@ -49,7 +46,7 @@ def load_digits(image_size=None):
     )
 
 
-def load_npz(path, image_size=None):
+def load_npz(path: AnyPath, image_size: int | None = None) -> LoadedImages:
     """Loads a NumPy archive with `x_train`, `y_train`, `x_test` and `y_test`.
 
     Images are `[N, H, W, C]` or `[N, H, W]`. They may be of any integer type with values in 0 … 255
@@ -59,15 +56,16 @@ def load_npz(path, image_size=None):
     training label.
 
     Args:
-        path: `pathlib.Path` of the file.
+        path: The file.
         image_size: Height and width to which the images are resized, or `None`.
 
     Returns:
         `LoadedImages`.
 
     Raises:
-        InputError: Where the file can't be read or lacks an array, or an array can't be used.
+        InputError: The file can't be read or lacks an array, or an array can't be used.
     """
+    path = Path(path).expanduser()
     content = _read_npz(path)
     missing = [key for key in _NPZ_KEYS if key not in content]
     if missing:
@@ -86,24 +84,20 @@ def load_npz(path, image_size=None):
     return LoadedImages(path.stem, x_train, y_train, x_test, y_test, class_names)
 
 
-def _read_npz(path):
-    try:
-        archive = np.load(path, allow_pickle=False)
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with refused(f"dataset: {path} can't be read as a .npz archive of plain arrays"):
+        try:
+            archive = np.load(path, allow_pickle=False)
+        except ValueError as error:
+            # For whatever is no archive NumPy suggests to run the code in it.
+            raise ValueError("it is none") from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array")
         with archive:
             return {key: archive[key] for key in archive.files}
-    except FileNotFoundError as error:
-        raise InputError(f"dataset: there is no file {path}.") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        # For whatever is no archive NumPy suggests to run the code in it.
-        reason = "it is none" if "pickle" in str(error) else one_line(error)
-        raise InputError(
-            f"dataset: {path} can't be read as a .npz archive of plain arrays ({reason})."
-        ) from error
 
 
-def _as_images(path, content):
+def _as_images(path: Path, content: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """Brings `x_train` and `x_test` to uint8 `[N, H, W, C]`, both by the same rule."""
     images = [content["x_train"], content["x_test"]]
     fields = [f"dataset: {key} in {path}" for key in ("x_train", "x_test")]
@@ -132,7 +126,7 @@ def _as_images(path, content):
     )
 
 
-def _float_scale(field, images):
+def _float_scale(field: str, images: np.ndarray) -> int:
     """Returns what brings float images to [0, 255], or refuses where that can't be known."""
     largest, whole = images.max(), _is_whole(images)
     if largest <= 1 and not whole:
@@ -145,7 +139,7 @@ def _float_scale(field, images):
     )
 
 
-def _to_uint8(field, images, scale):
+def _to_uint8(field: str, images: np.ndarray, scale: int) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
     low, high = images.min(), images.max()
@@ -159,11 +153,11 @@ def _to_uint8(field, images, scale):
     return np.rint(images * scale).astype(np.uint8) if scale != 1 else images.astype(np.uint8)
 
 
-def _is_whole(images):
+def _is_whole(images: np.ndarray) -> bool:
     return images.dtype.kind != "f" or bool((images == np.rint(images)).all())
 
 
-def _as_labels(path, key, labels):
+def _as_labels(path: Path, key: str, labels: np.ndarray) -> np.ndarray:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
@@ -177,7 +171,7 @@ def _as_labels(path, key, labels):
     return labels.astype(np.int32)
 
 
-def load_folder(path, image_size=None):
+def load_folder(path: AnyPath, image_size: int | None = None) -> LoadedImages:
     """Loads images that are sorted into one folder a class.
 
     Two layouts are read: `DIR/train/CLASS/*` with `DIR/test/CLASS/*` (or `val`, `validation`,
@@ -185,7 +179,7 @@ def load_folder(path, image_size=None):
     Images become RGB; files that are no images are passed over.
 
     Args:
-        path: `pathlib.Path` of the folder.
+        path: The folder.
         image_size: Height and width to which the images are resized, or `None` where all have one
             size.
 
@@ -193,9 +187,10 @@ def load_folder(path, image_size=None):
         `LoadedImages`, classes in the order of their names.
 
     Raises:
-        InputError: Where there are no class folders or no images, an image can't be read, sizes
+        InputError: There are no class folders or no images, an image can't be read, sizes
             differ, or the test part has a class that the training part lacks.
     """
+    path = Path(path).expanduser()
     notes = []
     parts = [name for name in _TEST_FOLDERS if (path / name).is_dir()]
     has_train = (path / "train").is_dir()
@@ -231,9 +226,9 @@ def load_folder(path, image_size=None):
     )
 
 
-def _list_classes(folder):
+def _list_classes(folder: Path) -> dict[str, list[Path]]:
     """Returns the image files of each class folder, both sorted by name."""
-    try:
+    with refused(f"dataset: {folder} can't be read", OSError):
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         names = [name for name in names if not name.startswith((".", "__"))]
         classes = {
@@ -244,8 +239,6 @@ def _list_classes(folder):
             )
             for name in names
         }
-    except OSError as error:
-        raise InputError(f"dataset: {folder} can't be read ({one_line(error)}).") from error
     if not classes:
         raise InputError(f"dataset: {folder} should hold one folder a class, and holds none.")
     empty = [name for name, files in classes.items() if not files]
@@ -257,7 +250,9 @@ def _list_classes(folder):
     return classes
 
 
-def _list_files(classes, class_names):
+def _list_files(
+    classes: Mapping[str, Sequence[Path]], class_names: Sequence[str]
+) -> tuple[list[Path], np.ndarray]:
     """Returns all files, class after class, and their labels int32 `[N]`."""
     label_of = {name: label for label, name in enumerate(class_names)}
     files = [file for of_class in classes.values() for file in of_class]
@@ -265,12 +260,12 @@ def _list_files(classes, class_names):
     return files, np.asarray(labels, np.int32)
 
 
-def _decode_files(files, image_size):
+def _decode_files(files: Sequence[Path], image_size: int | None) -> np.ndarray:
     """Returns uint8 `[N, H, W, 3]`, in the order of `files`."""
     first = _decode(files[0], image_size)
     images = arrays.allocate_images((len(files), *first.shape))
 
-    def decode_some(start):
+    def decode_some(start: int) -> None:
         for index in range(start, min(start + _FILES_A_TASK, len(files))):
             image = _decode(files[index], image_size)
             if image.shape != first.shape:
@@ -281,35 +276,20 @@ def _decode_files(files, image_size):
                 )
             images[index] = image
 
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(decode_some, range(0, len(files), _FILES_A_TASK)):
-            pass
+    in_threads(decode_some, range(0, len(files), _FILES_A_TASK))
     return images
 
 
-def _decode(file, image_size):
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                # Pillow would clip these to white on the way to RGB.
-                raise ValueError("it has more than 8 bits a channel")
-            image = image.convert("RGB")
-            if image_size:
-                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    # A broken file leads Pillow's decoders to OSError, SyntaxError, struct.error and others.
-    except Exception as error:
-        raise InputError(
-            f"dataset: {file} can't be read as an image ({one_line(error)})."
-        ) from error
-
-
-def one_line(error):
-    """Returns an error's message in one line of at most 300 characters, or its type without one.
-
-    Args:
-        error: Any exception.
-    """
-    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+def _decode(file: Path, image_size: int | None) -> np.ndarray:
+    pillow = needed("PIL.Image", "pillow")
+    with (
+        refused(f"dataset: {file} can't be read as an image"),
+        pillow.open(file) as image,
+    ):
+        if image.mode.startswith(("I", "F")):
+            # Pillow would clip these to white on the way to RGB.
+            raise ValueError("it has more than 8 bits a channel")
+        image = image.convert("RGB")
+        if image_size:
+            image = image.resize((image_size, image_size), pillow.Resampling.BILINEAR)
+        return np.asarray(image)

@@ -1,4 +1,7 @@
-"""Image-classification sets of TensorFlow Datasets, by name."""
+"""Image-classification sets of TensorFlow Datasets, by name.
+
+Importing this module needs tensorflow and tensorflow-datasets.
+"""
 
 import contextlib
 import difflib
@@ -11,10 +14,12 @@ import urllib.request
 
 import keras
 import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
 
-from dskd_keras.data import arrays
+from dskd_keras.data import arrays, tiny_imagenet
 from dskd_keras.data.dataset import LoadedImages
-from dskd_keras.data.sources import one_line
+from dskd_keras.data.reading import AnyPath, one_line, refused
 from dskd_keras.errors import InputError
 
 # Means and standard deviations that published results use.
@@ -26,24 +31,18 @@ _NORMALIZATION = {
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
 # Digits and letters: mirrored, they are others or none.
-_NOT_MIRRORED = frozenset(
-    (
-        "binary_alpha_digits",
-        "cmaterdb",
-        "emnist",
-        "kmnist",
-        "mnist",
-        "mnist_corrupted",
-        "omniglot",
-        "svhn_cropped",
-    )
-)
+_NOT_MIRRORED = (
+    "binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "mnist_corrupted", "omniglot",
+    "svhn_cropped",
+)  # fmt: skip
 _BATCH_BYTES = 2**20
 # Has some sets in prepared form, which TFDS prefers to their own sites.
 _TFDS_HOST = "storage.googleapis.com"
 
 
-def load_tfds(name, data_dir=None, image_size=None):
+def load_tfds(
+    name: str, data_dir: AnyPath | None = None, image_size: int | None = None
+) -> LoadedImages:
     """Loads a TFDS image-classification set; reads no network where it is already prepared.
 
     The test set is the split `test`, else `validation`, else 20 % of `train`.
@@ -61,69 +60,56 @@ def load_tfds(name, data_dir=None, image_size=None):
         `LoadedImages`, in the order in which TFDS stores the images.
 
     Raises:
-        InputError: Where TFDS is not installed, knows no such set, can neither find nor download
-            it, or it doesn't consist of 8-bit images with a class each.
+        InputError: TFDS knows no such set, can neither find nor download it, or it doesn't consist
+            of 8-bit images with a class each.
     """
-    tfds = _import_tfds(name)
-    builder = _find_builder(tfds, name, data_dir)
-    label_key = _check_features(tfds, name, builder)
-    _prepare(tfds, name, builder)
+    _keep_quiet()
+    builder = _find_builder(name, data_dir)
+    label_key = _check_features(name, builder)
+    _prepare(name, builder)
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     if not counts.get("train"):
         raise InputError(
             f"dataset: {name!r} has no split 'train'; its splits are {', '.join(counts) or 'none'}."
         )
-    images, labels = _read(tfds, name, builder, "train", counts["train"], image_size)
-    class_names = tuple(builder.info.features[label_key].names)
-    base = builder.name
-    mean, std = _NORMALIZATION.get(base, (None, None))
-    notes = builder.notes() if _is_tiny_imagenet(builder) else []
+    x_train, y_train = _read(name, builder, "train", image_size)
+    notes = tiny_imagenet.notes(builder)
     test = next(
         (
             split
             for split in ("test", "validation")
-            if counts.get(split) and _has_labels(tfds, builder, split, label_key)
+            if counts.get(split) and _has_labels(builder, split)
         ),
         None,
     )
     if test:
-        x_test, y_test = _read(tfds, name, builder, test, counts[test], image_size)
+        x_test, y_test = _read(name, builder, test, image_size)
         if test == "validation":
             notes.append("no labelled test split: the validation split is the test set")
         elif counts.get("validation"):
             notes.append("the validation split is not used")
     else:
-        kept, held_out, note = arrays.hold_out(labels)
-        x_test, y_test = arrays.take(images, held_out), labels[held_out]
-        images, labels = arrays.take(images, kept), labels[kept]
+        kept, held_out, note = arrays.hold_out(y_train)
+        x_test, y_test = arrays.take(x_train, held_out), y_train[held_out]
+        x_train, y_train = arrays.take(x_train, kept), y_train[kept]
         notes.append(note)
+    mean, std = _NORMALIZATION.get(builder.name, (None, None))
     return LoadedImages(
         name=name,
-        x_train=images,
-        y_train=labels,
+        x_train=x_train,
+        y_train=y_train,
         x_test=x_test,
         y_test=y_test,
-        class_names=class_names,
-        augmentation="crop" if base in _NOT_MIRRORED else "crop_flip",
+        class_names=tuple(builder.info.features[label_key].names),
+        augmentation="crop" if builder.name in _NOT_MIRRORED else "crop_flip",
         mean=mean,
         std=std,
         notes=tuple(notes),
     )
 
 
-def _import_tfds(name):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        import tensorflow as tf
-        import tensorflow_datasets as tfds
-
-        from dskd_keras.data import tiny_imagenet  # noqa: F401, registers the builder
-    except ImportError as error:
-        raise InputError(
-            f"dataset: {name!r} is read with tensorflow-datasets, which can't be imported"
-            f" ({one_line(error)}); install tensorflow and tensorflow-datasets, or use 'digits',"
-            " a .npz file or a folder of images."
-        ) from error
+def _keep_quiet() -> None:
+    """Leaves the accelerator and standard error to those who need them."""
     if keras.backend.backend() != "tensorflow":
         # TensorFlow only reads files here, and would take the memory that training needs. It
         # refuses where it already uses the GPU.
@@ -133,46 +119,36 @@ def _import_tfds(name):
         tfds.disable_progress_bar()
     # TFDS warns of every set that is not prepared yet; `_prepare` says it in other words.
     logging.getLogger("absl").addFilter(_is_news)
-    return tfds
 
 
-def _is_news(record):
+def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Variant folder")
 
 
-def _find_builder(tfds, name, data_dir):
+def _find_builder(name: str, data_dir: AnyPath | None) -> tfds.core.DatasetBuilder:
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     if data_dir is not None:
         data_dir = os.path.expanduser(data_dir)
-    arguments = {"data_dir": data_dir}
-    if name.split("/")[0].split(":")[0] == "tiny_imagenet":
-        from dskd_keras.data import tiny_imagenet
-
-        arguments = tiny_imagenet.find(data_dir)
+    base = name.split("/")[0].split(":")[0]
+    is_tiny_imagenet = base == tiny_imagenet.NAME
+    arguments = tiny_imagenet.find(data_dir) if is_tiny_imagenet else {"data_dir": data_dir}
     try:
         return tfds.builder(name, **arguments)
-    except tfds.core.DatasetNotFoundError as error:
-        raise _unknown_dataset(tfds, name) from error
     # TFDS raises ValueError for a malformed name, AssertionError for a version it doesn't have,
     # and more; all of them speak of the name.
     except Exception as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        if name.split("/")[0].split(":")[0] not in known:
-            raise _unknown_dataset(tfds, name) from error
-        raise InputError(f"dataset: {name!r}: {one_line(error)}") from error
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        if base in known:
+            raise InputError(f"dataset: {name!r}: {one_line(error)}") from error
+        close = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.6)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise InputError(
+            f"dataset: {name!r} should be 'digits', a .npz file, an existing folder of images or a"
+            f" TFDS name.{hint} tensorflow_datasets.list_builders() gives all of those."
+        ) from error
 
 
-def _unknown_dataset(tfds, name):
-    names = ["digits", *tfds.list_builders(with_community_datasets=False)]
-    close = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return InputError(
-        f"dataset: unknown name {name!r}.{hint} It should be 'digits', a .npz file, an existing"
-        " folder of images or a TFDS name; tensorflow_datasets.list_builders() gives all of those."
-    )
-
-
-def _check_features(tfds, name, builder):
+def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> str:
     """Returns the name of the label feature; called before anything is downloaded."""
     keys, features = builder.info.supervised_keys, builder.info.features
     problem = None
@@ -189,33 +165,26 @@ def _check_features(tfds, name, builder):
     return keys[1]
 
 
-def _is_tiny_imagenet(builder):
-    from dskd_keras.data import tiny_imagenet
-
-    return isinstance(builder, tiny_imagenet.TinyImagenet)
-
-
-def _prepare(tfds, name, builder):
+def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
     """Prepares the data where it isn't there yet, from a download or a local copy."""
-    source = builder.source if _is_tiny_imagenet(builder) else None
     if builder.is_prepared():
-        if source:
-            builder.download_and_prepare()  # only checks that the data came from this source
+        # A builder may check here what its data was prepared from.
+        builder.download_and_prepare()
         return
     place = f"dataset: {name!r} is not prepared in {builder.data_dir}"
-    if source:
-        print(f"{place}; preparing it from {source.path}", file=sys.stderr)
-        failure, remedy = "prepared", ""
+    if source := getattr(builder, "source", None):
+        doing, failure, remedy = f"preparing it from {source.path}", "prepared", ""
     else:
-        failure, remedy = "downloaded", "; set data_dir or TFDS_DATA_DIR to a folder that has it"
-        if _is_tiny_imagenet(builder):
+        doing, failure = "downloading", "downloaded"
+        remedy = "; set data_dir or TFDS_DATA_DIR to a folder that has it"
+        if builder.name == tiny_imagenet.NAME:
             remedy += ", or data_dir to tiny-imagenet-200.zip or to the folder that it extracts to"
         if missing := _unreachable(builder):
             # TFDS would try for minutes, and print each attempt.
             raise InputError(
                 f"{place} and can't be downloaded: no connection to {', '.join(missing)}{remedy}."
             )
-        print(f"{place}; downloading", file=sys.stderr)
+    print(f"{place}; {doing}", file=sys.stderr)
     try:
         builder.download_and_prepare()
     except InputError:
@@ -228,24 +197,19 @@ def _prepare(tfds, name, builder):
         ) from error
 
 
-def _unreachable(builder):
+def _unreachable(builder: tfds.core.DatasetBuilder) -> list[str]:
     """Returns the hosts that have the data if none of them can be reached, else nothing."""
-    hosts = {urllib.parse.urlparse(url).hostname for url in builder.url_infos or ()}
+    hosts = {urllib.parse.urlparse(url).hostname or "" for url in builder.url_infos or ()}
     if not hosts or urllib.request.getproxies():
         return []
-    hosts = sorted(hosts | {_TFDS_HOST})
-    return [] if any(map(_resolves, hosts)) else hosts
+    for host in hosts | {_TFDS_HOST}:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(host, 443)
+            return []
+    return sorted(hosts | {_TFDS_HOST})
 
 
-def _resolves(host):
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _dataset(tfds, builder, split):
+def _dataset(builder: tfds.core.DatasetBuilder, split: str) -> tf.data.Dataset:
     # No autocache: each split is read once.
     return builder.as_dataset(
         split=split,
@@ -255,21 +219,21 @@ def _dataset(tfds, builder, split):
     )
 
 
-def _has_labels(tfds, builder, split, label_key):
+def _has_labels(builder: tfds.core.DatasetBuilder, split: str) -> bool:
     # Some test splits are published without labels and hold -1.
-    _, label = next(_dataset(tfds, builder, f"{split}[:1]").as_numpy_iterator())
+    _, label = next(_dataset(builder, f"{split}[:1]").as_numpy_iterator())
     return int(label) >= 0
 
 
-def _read(tfds, name, builder, split, count, image_size):
+def _read(
+    name: str, builder: tfds.core.DatasetBuilder, split: str, image_size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 `[N, H, W, C]` and int32 `[N]` of one split, in stored order."""
-    import tensorflow as tf
-
-    dataset = _dataset(tfds, builder, split)
+    dataset, count = _dataset(builder, split), builder.info.splits[split].num_examples
     shape = dataset.element_spec[0].shape
     if image_size and shape[:2] != (image_size, image_size):
 
-        def resize(image, label):
+        def resize(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             image = tf.image.resize(image, (image_size, image_size), antialias=True)
             return tf.saturate_cast(tf.round(image), tf.uint8), label
 
@@ -278,10 +242,12 @@ def _read(tfds, name, builder, split, count, image_size):
     # Where the size is not declared, one image a batch lets each be compared with the first.
     batch_size = max(1, _BATCH_BYTES // shape.num_elements()) if shape.is_fully_defined() else 1
     dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-    images, labels, start = None, np.empty(count, np.int32), 0
-    try:
+    images, labels, start = np.empty(0, np.uint8), np.empty(count, np.int32), 0
+    place = f"dataset: {name!r} in {builder.data_dir}"
+    remedy = "; remove that folder and prepare it again"
+    with refused(f"{place} can't be read", tf.errors.OpError, remedy=remedy):
         for x, y in dataset.as_numpy_iterator():
-            if images is None:
+            if not start:
                 images = arrays.allocate_images((count, *x.shape[1:]))
             if x.shape[1:] != images.shape[1:]:
                 raise InputError(
@@ -291,14 +257,6 @@ def _read(tfds, name, builder, split, count, image_size):
             images[start : start + len(x)] = x
             labels[start : start + len(x)] = y
             start += len(x)
-    except tf.errors.OpError as error:
-        raise InputError(
-            f"dataset: {name!r} in {builder.data_dir} can't be read ({one_line(error)}); remove"
-            " that folder and prepare it again."
-        ) from error
     if start != count:
-        raise InputError(
-            f"dataset: {name!r} in {builder.data_dir} has {start} of {count} images in {split!r};"
-            " remove that folder and prepare it again."
-        )
+        raise InputError(f"{place} has {start} of {count} images in {split!r}{remedy}.")
     return images, labels

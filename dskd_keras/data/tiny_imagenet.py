@@ -10,11 +10,13 @@ import os
 import re
 import tempfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 import tensorflow_datasets as tfds
 
-from dskd_keras.data.sources import one_line
+from dskd_keras.data.reading import AnyPath, needed, refused
 from dskd_keras.errors import InputError
 
 NAME = "tiny_imagenet"
@@ -27,14 +29,14 @@ _ANNOTATIONS = "val/val_annotations.txt"
 _LAYOUT = {"train": "train/CLASS/images", "validation": "val/images"}
 # The names of the 200 classes by WordNet id, in the order of their labels. They are fixed here, so
 # that no download is needed to know them and no archive gives a class another label.
-_CLASSES = dict(
-    line.split("\t")
-    for line in Path(__file__)
-    .with_name("tiny_imagenet_classes.tsv")
-    .read_text(encoding="utf-8")
-    .splitlines()
-)
+_TABLE = Path(__file__).with_name("tiny_imagenet_classes.tsv").read_text(encoding="utf-8")
+_CLASSES = dict(line.split("\t") for line in _TABLE.splitlines())
 _LABELS = {class_id: label for label, class_id in enumerate(_CLASSES)}
+# macOS leaves files like "._val_0.JPEG" beside the images.
+_IMAGE = r"(?!\.)[^/]+\.(?i:jpe?g)"
+# The sizes in bytes of files by their names, and a function that reads one.
+_Files = tuple[dict[str, int], Callable[[str], bytes]]
+_Examples = Iterator[tuple[str, dict[str, Any]]]
 
 
 class TinyImagenet(tfds.core.GeneratorBasedBuilder):
@@ -54,7 +56,7 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
         **kwargs: Those of `tfds.core.GeneratorBasedBuilder`, such as `data_dir`.
 
     Raises:
-        InputError: Where `source` can't be read or doesn't have the official layout; in
+        InputError: `source` can't be read or doesn't have the official layout; in
             `download_and_prepare` also where the data was prepared from another source, or an
             image is damaged.
     """
@@ -62,11 +64,11 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The first release: splits train and validation."}  # noqa: RUF012
 
-    def __init__(self, *, source=None, **kwargs):
+    def __init__(self, *, source: "AnyPath | Source | None" = None, **kwargs: Any) -> None:
         self.source = source if source is None or isinstance(source, Source) else Source(source)
         super().__init__(**kwargs)
 
-    def _info(self):
+    def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="64×64 photographs of 200 of ImageNet's classes. The official test split"
@@ -79,23 +81,20 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
             ),
             supervised_keys=("image", "label"),
             homepage="http://cs231n.stanford.edu/",
-            citation="@techreport{le2015tiny,\n"
-            "  title={Tiny ImageNet Visual Recognition Challenge},\n"
-            "  author={Le, Ya and Yang, Xuan},\n"
-            "  institution={CS231N, Stanford University},\n"
-            "  year={2015}\n"
-            "}",
+            citation="@techreport{le2015tiny, title={Tiny ImageNet Visual Recognition Challenge}, "
+            "author={Le, Ya and Yang, Xuan}, institution={CS231N, Stanford University}, "
+            "year={2015}}",
             metadata=tfds.core.MetadataDict(),
         )
 
-    def download_and_prepare(self, **kwargs):
+    def download_and_prepare(self, **kwargs: Any) -> None:
         """Downloads and prepares the data where it isn't there yet, as every builder does.
 
         Args:
             **kwargs: Those of `tfds.core.DatasetBuilder.download_and_prepare`.
 
         Raises:
-            InputError: Where it is there, but from another source than the builder's, or the
+            InputError: It is there, but from another source than the builder's, or the
                 source has a damaged image.
         """
         if self.source is None:
@@ -114,29 +113,19 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
         with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
             super().download_and_prepare(**(kwargs | {"download_dir": unused}))
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, _Examples]:
         source = self.source or Source(dl_manager.download(_URL))
         self.info.metadata.update(
             source=str(source.path) if self.source else _URL, fingerprint=source.fingerprint
         )
         return {split: self._generate_examples(source, split) for split in source.labels}
 
-    def _generate_examples(self, source, split):
+    def _generate_examples(self, source: "Source", split: str) -> _Examples:
         for name, image in source.read_images(split):
             # Training and validation files have names of their own, and so the same order in
             # every preparation.
             example = {"image": image, "label": source.labels[split][name]}
             yield PurePosixPath(name).name, example
-
-    def notes(self):
-        """Returns sentences on what the prepared data is, for those who read its numbers."""
-        counts = {split: self.info.splits[split].num_examples for split in _OFFICIAL}
-        if counts == _OFFICIAL:
-            return []
-        return [
-            f"a part of Tiny ImageNet: {counts['train']:,} of {_OFFICIAL['train']:,} training and"
-            f" {counts['validation']:,} of {_OFFICIAL['validation']:,} validation images"
-        ]
 
 
 class Source:
@@ -153,10 +142,10 @@ class Source:
             archive and what it extracts to have the same.
 
     Raises:
-        InputError: Where it can't be read or doesn't have the official layout.
+        InputError: It can't be read or doesn't have the official layout.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: AnyPath) -> None:
         self.path = Path(os.path.abspath(os.path.expanduser(path)))
         with self._open() as (sizes, read):
             self.labels = {
@@ -171,7 +160,7 @@ class Source:
                 digest.update(repr((name, sizes[name], label)).encode())
         self.fingerprint = digest.hexdigest()
 
-    def read_images(self, split):
+    def read_images(self, split: str) -> Iterator[tuple[str, bytes]]:
         """Yields the name and the contents, JPEG, of each image, sorted by name.
 
         Args:
@@ -180,54 +169,54 @@ class Source:
         Raises:
             InputError: Names the file that is not a whole JPEG image of 64×64 pixels.
         """
+        pillow = needed("PIL.Image", "pillow")
         with self._open() as (_, read):
             for name in self.labels[split]:
                 content = read(name)
-                self._check_image(name, content)
+                what = f"{name}, which is no JPEG image of {_SIDE}×{_SIDE} pixels"
+                with (
+                    self._refused(f"has {what}"),
+                    pillow.open(io.BytesIO(content), formats=["JPEG"]) as image,
+                ):
+                    if image.size != (_SIDE, _SIDE):
+                        raise ValueError(f"it has {image.width}×{image.height} pixels")
+                    image.load()
                 yield name, content
 
     @contextlib.contextmanager
-    def _open(self):
+    def _open(self) -> Iterator[_Files]:
         """Yields the sizes of the files in `train` and `val`, and a function that reads one."""
         with contextlib.ExitStack() as stack:
-            if self.path.is_dir():
-                sizes, read_bytes = self._open_folder()
-            else:
-                sizes, read_bytes = self._open_zip(stack)
+            sizes, read_bytes = self._open_folder() if self.path.is_dir() else self._open_zip(stack)
 
-            def read(name):
-                try:
+            def read(name: str) -> bytes:
+                with self._refused(f"is damaged: {name}"):
                     return read_bytes(name)
-                # A damaged archive leads zipfile to BadZipFile, zlib.error, EOFError and others.
-                except Exception as error:
-                    raise self._error(f"is damaged: {name} ({one_line(error)})") from error
 
             yield dict(sorted(sizes.items())), read
 
-    def _open_folder(self):
-        def fail(error):
+    def _open_folder(self) -> _Files:
+        def fail(error: OSError) -> None:
             raise error
 
-        sizes = {}
-        try:
-            for part in ("train", "val"):
-                if not (self.path / part).is_dir():
-                    continue
-                for folder, _, files in os.walk(self.path / part, onerror=fail, followlinks=True):
-                    inside = Path(folder).relative_to(self.path).as_posix()
-                    for file in files:
-                        sizes[f"{inside}/{file}"] = os.path.getsize(os.path.join(folder, file))
-        except OSError as error:
-            raise self._error(f"can't be read ({one_line(error)})") from error
+        with self._refused("can't be read"):
+            files = [
+                PurePath(folder, file)
+                for part in ("train", "val")
+                if (self.path / part).is_dir()
+                for folder, _, names in os.walk(self.path / part, onerror=fail, followlinks=True)
+                for file in names
+            ]
+            sizes = {
+                file.relative_to(self.path).as_posix(): os.path.getsize(file) for file in files
+            }
         return sizes, lambda name: (self.path / name).read_bytes()
 
-    def _open_zip(self, stack):
-        try:
+    def _open_zip(self, stack: contextlib.ExitStack) -> _Files:
+        if not self.path.exists():
+            raise InputError(f"data_dir: there is no file {self.path}.")
+        with self._refused("can't be read as a zip archive"):
             archive = stack.enter_context(zipfile.ZipFile(self.path))
-        except FileNotFoundError as error:
-            raise InputError(f"data_dir: there is no file {self.path}.") from error
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise self._error(f"can't be read as a zip archive ({one_line(error)})") from error
         members = {}
         for member in archive.infolist():
             # The names that they have in the folder that is extracted, whatever that is called.
@@ -237,32 +226,29 @@ class Source:
         sizes = {name: member.file_size for name, member in members.items()}
         return sizes, lambda name: archive.read(members[name])
 
-    def _train_labels(self, names):
-        labels = {}
-        for name in names:
-            match name.split("/"):
-                case ["train", class_id, "images", file] if _is_image(file):
-                    labels[name] = self._label(class_id, f"the folder train/{class_id}")
-        return labels
+    def _train_labels(self, names: Iterable[str]) -> dict[str, int]:
+        found = (re.fullmatch(rf"train/([^/]+)/images/{_IMAGE}", name) for name in names)
+        return {
+            image[0]: self._label(image[1], f"the folder train/{image[1]}")
+            for image in found
+            if image
+        }
 
-    def _validation_labels(self, names, read):
+    def _validation_labels(
+        self, names: Collection[str], read: Callable[[str], bytes]
+    ) -> dict[str, int]:
         # The images of all classes lie in one folder: only this file tells the classes apart.
         if _ANNOTATIONS not in names:
             raise self._error(f"has no {_ANNOTATIONS}")
         annotated = {}
         lines = read(_ANNOTATIONS).decode(errors="replace").splitlines()
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            # The corners of a box follow the two.
-            file, class_id = (*line.split("\t"), "")[:2]
-            place = f"line {number} of {_ANNOTATIONS}"
-            annotated[f"val/images/{file}"] = self._label(class_id, place)
-        images = [
-            name
-            for name in names
-            if name.startswith("val/images/") and _is_image(name.removeprefix("val/images/"))
-        ]
+            if line.strip():
+                # The corners of a box follow the two.
+                file, class_id = (*line.split("\t"), "")[:2]
+                place = f"line {number} of {_ANNOTATIONS}"
+                annotated[f"val/images/{file}"] = self._label(class_id, place)
+        images = [name for name in names if re.fullmatch(rf"val/images/{_IMAGE}", name)]
         for name in images:
             if name not in annotated:
                 raise self._error(f"has {name} without a line in {_ANNOTATIONS}")
@@ -271,7 +257,7 @@ class Source:
             raise self._error(f"lacks {missing[0]}, which has a line in {_ANNOTATIONS}")
         return {name: annotated[name] for name in images}
 
-    def _label(self, class_id, place):
+    def _label(self, class_id: str, place: str) -> int:
         if class_id not in _LABELS:
             raise self._error(
                 f"has the unknown class {class_id!r} in {place}; Tiny ImageNet's 200 are WordNet"
@@ -279,25 +265,25 @@ class Source:
             )
         return _LABELS[class_id]
 
-    def _check_image(self, name, content):
-        from PIL import Image
+    def _refused(self, problem: str) -> contextlib.AbstractContextManager[None]:
+        return refused(f"data_dir: {self.path} {problem}")
 
-        try:
-            with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-                if image.size != (_SIDE, _SIDE):
-                    raise ValueError(f"it has {image.width}×{image.height} pixels")
-                image.load()
-        # A broken file leads Pillow's decoder to OSError, SyntaxError, struct.error and others.
-        except Exception as error:
-            raise self._error(
-                f"has {name}, which is no JPEG image of {_SIDE}×{_SIDE} pixels ({one_line(error)})"
-            ) from error
-
-    def _error(self, problem):
+    def _error(self, problem: str) -> InputError:
         return InputError(f"data_dir: {self.path} {problem}.")
 
 
-def find(data_dir):
+def notes(builder: tfds.core.DatasetBuilder) -> list[str]:
+    """Returns sentences on what the prepared data of any builder is, for readers of its numbers."""
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if not isinstance(builder, TinyImagenet) or counts == _OFFICIAL:
+        return []
+    return [
+        f"a part of Tiny ImageNet: {counts['train']:,} of {_OFFICIAL['train']:,} training and"
+        f" {counts['validation']:,} of {_OFFICIAL['validation']:,} validation images"
+    ]
+
+
+def find(data_dir: AnyPath | None) -> dict[str, Any]:
     """Finds a local copy of Tiny ImageNet, and where the data prepared from it belongs.
 
     That is the folder that holds the copy. Where it can't be written to, it is TFDS's own default:
@@ -312,7 +298,7 @@ def find(data_dir):
         The arguments `data_dir` and `source` of `TinyImagenet`; without a copy, `source` is `None`.
 
     Raises:
-        InputError: Where there is no such file, or the copy doesn't have the official layout.
+        InputError: There is no such file, or the copy doesn't have the official layout.
     """
     if data_dir is None:
         return {"data_dir": None, "source": None}
@@ -326,25 +312,18 @@ def find(data_dir):
     elif is_archive or any((path / part).exists() for part in ("wnids.txt", "train", "val")):
         source, folder = path, path.parent
     else:
-        source, folder = None, path
-    if source is None:
-        return {"data_dir": str(folder), "source": None}
+        return {"data_dir": str(path), "source": None}
     defaults = (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets")
     folders = [folder, *(Path(default).expanduser() for default in defaults if default)]
     usable = (folder for folder in folders if _has_prepared(folder) or _is_writable(folder))
     return {"data_dir": str(next(usable, folder)), "source": Source(source)}
 
 
-def _has_prepared(folder):
+def _has_prepared(folder: Path) -> bool:
     return (folder / NAME / str(TinyImagenet.VERSION)).is_dir()
 
 
-def _is_writable(folder):
+def _is_writable(folder: Path) -> bool:
     while not folder.exists():
         folder = folder.parent
     return os.access(folder, os.W_OK)
-
-
-def _is_image(file):
-    # macOS leaves files like "._val_0.JPEG" beside the images.
-    return file.lower().endswith((".jpeg", ".jpg")) and not file.startswith(".")

@@ -4,7 +4,17 @@ Every model is functional, gives logits, names the output of each stage `stage1`
 consists of Keras's own layers alone, so that a saved one loads without this package.
 """
 
-from dskd_keras.models.torch_weights import load_torch_weights
-from dskd_keras.models.zoo import create, names
+from typing import TYPE_CHECKING
+
+from dskd_keras._lazy import attach
+
+if TYPE_CHECKING:
+    from dskd_keras.models.catalog import names
+    from dskd_keras.models.torch_weights import load_torch_weights
+    from dskd_keras.models.zoo import create
 
 __all__ = ["create", "load_torch_weights", "names"]
+
+__getattr__, __dir__ = attach(
+    __name__, {"create": "zoo", "load_torch_weights": "torch_weights", "names": "catalog"}
+)

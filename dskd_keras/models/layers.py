@@ -1,15 +1,14 @@
 """The pieces that the model families share, with PyTorch's padding, normalisation and initialisers.
 
 Each function adds Keras's own layers to a functional graph and names them, so that a saved model
-loads where this package is not installed. The data format is `keras.config.image_data_format()`,
-handed to every layer that has one: a layer built without it would read the setting of the process
-that loads the model.
+loads where this package is not installed. Feature maps are `[B, H, W, C]` or `[B, C, H, W]`, by
+`keras.config.image_data_format()`, which a layer reads when it is made and saves.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -20,9 +19,29 @@ import numpy as np
 Initialization = Literal["he", "torch"]
 
 
+def normalized_convolution(
+    x: keras.KerasTensor,
+    filters: int | None,
+    kernel_size: int,
+    prefix: str,
+    index: int | str = "",
+    *,
+    activate: bool = True,
+    maximum: float | None = None,
+    **options: Any,
+) -> keras.KerasTensor:
+    """Adds `PREFIX_convINDEX`, a batch normalisation `PREFIX_bnINDEX` and a ReLU.
+
+    The ReLU, `PREFIX_reluINDEX`, is cut at `maximum`; `options` are those of `convolution`.
+    """
+    x = convolution(x, filters, kernel_size, name=f"{prefix}_conv{index}", **options)
+    x = batch_norm(x, name=f"{prefix}_bn{index}")
+    return keras.layers.ReLU(maximum, name=f"{prefix}_relu{index}")(x) if activate else x
+
+
 def convolution(
     x: keras.KerasTensor,
-    filters: int,
+    filters: int | None,
     kernel_size: int,
     name: str,
     *,
@@ -31,84 +50,40 @@ def convolution(
     use_bias: bool = False,
     initialization: Initialization = "he",
 ) -> keras.KerasTensor:
-    """Adds a convolution padded by `(kernel_size - 1) / 2` on every side.
+    """Adds a convolution padded by `(kernel_size - 1) / 2` on every side; `kernel_size` is odd.
 
-    That is PyTorch's `Conv2d(padding=(kernel_size - 1) // 2)`. TensorFlow's `same` agrees with it
-    at stride 1, but at stride 2 it pads an even image on the right and at the bottom alone; there
-    the padding is a layer of its own, `NAME_pad`.
-
-    Args:
-        x: Feature map, `[B, H, W, C]` or `[B, C, H, W]`, by `keras.config.image_data_format()`.
-        filters: Number of output channels.
-        kernel_size: Height and width of the kernel; odd.
-        name: Name of the layer.
-        strides: Step in both directions.
-        groups: Number of groups of channels that are convolved apart from each other.
-        use_bias: Whether a bias is added; a batch normalisation after it makes it superfluous, but
-            some reference models have it.
-        initialization: How kernel and bias start, see `Initialization`.
-
-    Returns:
-        Feature map with `filters` channels, height and width `ceil(size / strides)`.
+    Without `filters`, each channel is convolved by itself. TensorFlow's `same` agrees with that
+    padding, PyTorch's, at stride 1; at stride 2 it pads an even image on the right and at the
+    bottom alone, so there the padding is a layer of its own, `NAME_pad`.
     """
-    return _convolve(
-        keras.layers.Conv2D,
-        x,
-        filters,
-        kernel_size,
-        filters=filters,
-        groups=groups,
-        strides=strides,
-        use_bias=use_bias,
-        name=name,
-        **_initializers(
-            "kernel", initialization, kernel_size, x.shape[_channel_axis()] // groups, filters
-        ),
-    )
-
-
-def depthwise_convolution(
-    x: keras.KerasTensor,
-    kernel_size: int,
-    name: str,
-    *,
-    strides: int = 1,
-    use_bias: bool = False,
-    initialization: Initialization = "he",
-) -> keras.KerasTensor:
-    """Adds a convolution of each channel by itself; otherwise as `convolution`."""
-    channels = x.shape[_channel_axis()]
-    return _convolve(
-        keras.layers.DepthwiseConv2D,
-        x,
-        channels,
-        kernel_size,
-        strides=strides,
-        use_bias=use_bias,
-        name=name,
-        **_initializers("depthwise", initialization, kernel_size, 1, channels),
-    )
-
-
-def _convolve(kind, x, channels, kernel_size, *, strides, use_bias, name, **arguments):
-    """Pads `x` and calls a new convolution that gives `channels`."""
-    data_format, padding = keras.config.image_data_format(), "same"
-    width = math.ceil(size(x)[1] / strides)
+    channels = x.shape[channel_axis()]
+    kind, kernel, inputs = keras.layers.Conv2D, "kernel", channels // groups
+    arguments: dict[str, Any] = {"filters": filters, "groups": groups}
+    if filters is None:
+        kind, kernel, inputs = keras.layers.DepthwiseConv2D, "depthwise", 1
+        filters, arguments = channels, {}
+    # The scales are written out: `VarianceScaling` takes the fans of a depthwise kernel from its
+    # Keras shape, which is not how PyTorch counts them.
+    if initialization == "he":
+        std = (2 / (kernel_size**2 * filters)) ** 0.5
+        arguments[f"{kernel}_initializer"] = keras.initializers.RandomNormal(stddev=std)
+    else:
+        bound = (kernel_size**2 * inputs) ** -0.5
+        for part in (kernel, "bias"):
+            arguments[f"{part}_initializer"] = keras.initializers.RandomUniform(-bound, bound)
     # On TensorFlow, Keras 3.15 adds a bias along the width where that equals the channels. (Its
     # `ops.add` takes the last axis for the channels'.) There the convolution is transposed.
-    transposed = use_bias and data_format == "channels_first" and width == channels
-    if strides > 1:
-        padding = "valid"
-        if kernel_size > 1:
-            x = zero_padding(x, (kernel_size - 1) // 2, name=f"{name}_pad")
+    width = math.ceil(size(x)[1] / strides)
+    transposed = use_bias and _channels_first() and width == filters
+    if strides > 1 and kernel_size > 1:
+        x = keras.layers.ZeroPadding2D((kernel_size - 1) // 2, name=f"{name}_pad")(x)
     if transposed:
-        data_format = "channels_last"
+        arguments["data_format"] = "channels_last"
         x = keras.layers.Permute((2, 3, 1), name=f"{name}_channels_last")(x)
     layer = kind(
         kernel_size=kernel_size,
         strides=strides,
-        padding=padding,
-        data_format=data_format,
+        padding="valid" if strides > 1 else "same",
         use_bias=use_bias,
         name=name,
         **arguments,
@@ -119,34 +94,15 @@ def _convolve(kind, x, channels, kernel_size, *, strides, use_bias, name, **argu
     return x
 
 
-def _initializers(kernel, initialization, kernel_size, inputs, filters):
-    """Returns the arguments that set the start of a kernel and a bias.
-
-    The scales are written out: `VarianceScaling` takes the fans of a depthwise kernel from its
-    Keras shape, which is not how PyTorch counts them.
-    """
-    if initialization == "he":
-        std = (2 / (kernel_size**2 * filters)) ** 0.5
-        return {f"{kernel}_initializer": keras.initializers.RandomNormal(stddev=std)}
-    bound = (kernel_size**2 * inputs) ** -0.5
-    return {
-        f"{kernel}_initializer": keras.initializers.RandomUniform(-bound, bound),
-        "bias_initializer": keras.initializers.RandomUniform(-bound, bound),
-    }
-
-
-def _call(layer, x):
+def _call(layer: keras.Layer, x: keras.KerasTensor) -> keras.KerasTensor:
     """Calls a new layer, which creates its weights, with the random ones drawn by NumPy.
 
     JAX compiles a program for every shape that it draws, which makes most of the time in which a
     model is created there. The draws follow from `keras.utils.set_random_seed`, and are the same on
     every backend. The layer keeps Keras's initialisers, so it saves and loads as any other.
     """
-    initializers = {
-        name: getattr(layer, name)
-        for name in ("kernel_initializer", "depthwise_initializer", "bias_initializer")
-        if type(getattr(layer, name, None)) in _DRAWS
-    }
+    random = (keras.initializers.RandomNormal, keras.initializers.RandomUniform)
+    initializers = {name: value for name, value in vars(layer).items() if isinstance(value, random)}
     for name, initializer in initializers.items():
         setattr(layer, name, functools.partial(_draw, initializer))
     outputs = layer(x)
@@ -155,82 +111,34 @@ def _call(layer, x):
     return outputs
 
 
-_DRAWS = {
-    keras.initializers.RandomNormal: lambda of, rng, shape: rng.normal(of.mean, of.stddev, shape),
-    keras.initializers.RandomUniform: lambda of, rng, shape: rng.uniform(
-        of.minval, of.maxval, shape
-    ),
-}
-
-
-def _draw(initializer, shape, dtype=None):
+def _draw(
+    initializer: keras.initializers.Initializer, shape: Sequence[int], dtype: Any = None
+) -> np.ndarray:
     rng = np.random.default_rng(initializer.seed)
+    if isinstance(initializer, keras.initializers.RandomNormal):
+        values = rng.normal(initializer.mean, initializer.stddev, shape)
+    else:
+        values = rng.uniform(initializer.minval, initializer.maxval, shape)
     # The variable converts to its own dtype, which may be one that NumPy lacks.
-    return _DRAWS[type(initializer)](initializer, rng, shape).astype("float32")
-
-
-def zero_padding(x: keras.KerasTensor, padding: int, name: str) -> keras.KerasTensor:
-    """Adds `padding` rows and columns of zeros on every side of a feature map."""
-    return keras.layers.ZeroPadding2D(
-        padding, data_format=keras.config.image_data_format(), name=name
-    )(x)
+    return values.astype("float32")
 
 
 def batch_norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    """Adds a batch normalisation over the channels, with PyTorch's constants.
-
-    Args:
-        x: Feature map, in the layout of `keras.config.image_data_format()`.
-        name: Name of the layer.
-
-    Returns:
-        Feature map of the same shape. The momentum of 0.9 is what PyTorch calls 0.1.
-    """
+    """Adds a batch normalisation with PyTorch's constants; PyTorch calls a momentum of 0.9 0.1."""
     return keras.layers.BatchNormalization(
-        axis=_channel_axis(), momentum=0.9, epsilon=1e-5, name=name
+        axis=channel_axis(), momentum=0.9, epsilon=1e-5, name=name
     )(x)
-
-
-def relu(x: keras.KerasTensor, name: str, maximum: float | None = None) -> keras.KerasTensor:
-    """Adds a ReLU named `name`, cut at `maximum` if given, to `x`, which may have any shape."""
-    return keras.layers.ReLU(max_value=maximum, name=name)(x)
-
-
-def concatenate(tensors: Sequence[keras.KerasTensor], name: str) -> keras.KerasTensor:
-    """Joins feature maps of one size along their channels."""
-    return keras.layers.Concatenate(axis=_channel_axis(), name=name)(tensors)
-
-
-def max_pool(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    """Halves a feature map, rounding down: the maximum of every 2×2 positions."""
-    return keras.layers.MaxPooling2D(2, data_format=keras.config.image_data_format(), name=name)(x)
-
-
-def average_pool(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    """Halves a feature map, rounding up: means over 3×3 positions.
-
-    As in PyTorch's `AvgPool2d(3, stride=2, padding=1)`, the padded zeros count in the mean.
-    """
-    return keras.layers.AveragePooling2D(
-        3, strides=2, data_format=keras.config.image_data_format(), name=name
-    )(zero_padding(x, 1, name=f"{name}_pad"))
 
 
 def channel_shuffle(x: keras.KerasTensor, groups: int, name: str) -> keras.KerasTensor:
     """Interleaves the channels of `groups` groups (Zhang et al., arXiv 1707.01083, figure 1).
 
-    Args:
-        x: Feature map whose channels divide by `groups`.
-        groups: Number of groups of channels.
-        name: Name of the last of the three layers.
-
-    Returns:
-        Feature map of the same shape: the first channel of every group, the second of every group,
-        and so on. All tensors on the way have four axes, which are cheaper to transpose than five,
-        and let the layout of the map be told from the layers before it.
+    The first channel of every group comes first, then the second of every group, and so on. All
+    tensors on the way have four axes, which are cheaper to transpose than five, and let the layout
+    of the map be told from the layers before it.
     """
     shape = tuple(x.shape[1:])
-    if keras.config.image_data_format() == "channels_first":
+    if _channels_first():
         channels, height, width = shape
         split, order = (groups, channels // groups, height * width), (2, 1, 3)
     else:
@@ -247,65 +155,56 @@ def channel_slice(x: keras.KerasTensor, start: int, stop: int, name: str) -> ker
     Keras has no layer for that; it is a cropping of the map with its positions on one axis and its
     channels on another. The reshapes move nothing.
     """
-    data_format = keras.config.image_data_format()
-    if data_format == "channels_first":
-        channels, height, width = x.shape[1:]
+    (height, width), channels = size(x), x.shape[channel_axis()]
+    cropping = (start, channels - stop)
+    if _channels_first():
         flat, shape = (1, channels, height * width), (stop - start, height, width)
-        cropping = ((start, channels - stop), (0, 0))
+        crop = keras.layers.Cropping2D((cropping, (0, 0)), name=f"{name}_crop")
     else:
-        height, width, channels = x.shape[1:]
         flat, shape = (height * width, channels, 1), (height, width, stop - start)
-        cropping = ((0, 0), (start, channels - stop))
+        crop = keras.layers.Cropping2D(((0, 0), cropping), name=f"{name}_crop")
     x = keras.layers.Reshape(flat, name=f"{name}_flat")(x)
-    x = keras.layers.Cropping2D(cropping, data_format=data_format, name=f"{name}_crop")(x)
-    return keras.layers.Reshape(shape, name=name)(x)
-
-
-def global_average_pool(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    """Adds the mean over height and width: a feature map with C channels to `[B, C]`."""
-    return keras.layers.GlobalAveragePooling2D(
-        data_format=keras.config.image_data_format(), name=name
-    )(x)
+    return keras.layers.Reshape(shape, name=name)(crop(x))
 
 
 def classifier(
+    images: keras.KerasTensor,
     x: keras.KerasTensor,
     num_classes: int,
     name: str,
     *,
-    kernel_initializer: keras.initializers.Initializer | None = None,
-    bias_initializer: keras.initializers.Initializer | str | None = None,
-) -> keras.KerasTensor:
-    """Adds the linear layer that gives the logits.
+    std: float | None = None,
+    zero_bias: bool = False,
+) -> keras.Model:
+    """Ends a model with `pool`, the mean over height and width, and `logits`, a linear layer.
 
-    Args:
-        x: Pooled features, `[B, C]`.
-        num_classes: Number of classes.
-        name: Name of the layer.
-        kernel_initializer: Start of the weights. Defaults to PyTorch's: uniform in ±1/√C.
-        bias_initializer: Start of the bias. Defaults to the same.
-
-    Returns:
-        Logits, `[B, num_classes]`, in float32 where the dtype policy computes in half precision:
-        the losses exponentiate them.
+    Its weights start normal with the standard deviation `std`, its bias at zero with `zero_bias`;
+    the default of both is PyTorch's start, uniform in ±1/√C. The logits are float32 where the dtype
+    policy computes in half precision: the losses exponentiate them.
     """
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     half = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
     bound = x.shape[-1] ** -0.5
+    uniform = functools.partial(keras.initializers.RandomUniform, -bound, bound)
     layer = keras.layers.Dense(
         num_classes,
-        kernel_initializer=kernel_initializer or keras.initializers.RandomUniform(-bound, bound),
-        bias_initializer=bias_initializer or keras.initializers.RandomUniform(-bound, bound),
+        kernel_initializer=uniform() if std is None else keras.initializers.RandomNormal(0.0, std),
+        bias_initializer="zeros" if zero_bias else uniform(),
         dtype="float32" if half else None,
-        name=name,
+        name="logits",
     )
-    return _call(layer, x)
+    return keras.Model(images, _call(layer, x), name=name)
 
 
 def size(x: keras.KerasTensor) -> tuple[int, int]:
     """Returns the height and width of a feature map."""
-    shape = x.shape[1:]
-    return shape[1:] if keras.config.image_data_format() == "channels_first" else shape[:2]
+    return x.shape[2:] if _channels_first() else x.shape[1:3]
 
 
-def _channel_axis():
-    return 1 if keras.config.image_data_format() == "channels_first" else -1
+def channel_axis() -> int:
+    """Returns the axis of a feature map's channels."""
+    return 1 if _channels_first() else -1
+
+
+def _channels_first() -> bool:
+    return keras.config.image_data_format() == "channels_first"

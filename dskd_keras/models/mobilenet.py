@@ -7,68 +7,49 @@ all of them, that of mdistiller's Tiny ImageNet table. The number of trainable p
 the reference's.
 """
 
+import functools
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import keras
 
 from dskd_keras.models import layers
 
-
-class _Row(NamedTuple):
-    """Blocks that share their number of channels: a row of the paper's table."""
-
-    stage: int
-    blocks: int
-    channels: int
-    expansion: int = 6
+# The paper's table: the stage, the number of blocks and their channels. The stages are the
+# reference's: the maps that one of its methods can use as features.
+_ROWS = ((1, 1, 16), (1, 2, 24), (2, 3, 32), (3, 4, 64), (3, 3, 96), (4, 3, 160), (4, 1, 320))
 
 
-# Stages as the reference groups them: the maps that one of its methods can use as features.
-_ROWS = (
-    _Row(stage=1, blocks=1, channels=16, expansion=1),
-    _Row(stage=1, blocks=2, channels=24),
-    _Row(stage=2, blocks=3, channels=32),
-    _Row(stage=3, blocks=4, channels=64),
-    _Row(stage=3, blocks=3, channels=96),
-    _Row(stage=4, blocks=3, channels=160),
-    _Row(stage=4, blocks=1, channels=320),
-)
+def _number_blocks() -> Iterator[tuple[str, tuple[int, int]]]:
+    counts: Counter[int] = Counter()
+    for row, (stage, blocks, _) in enumerate(_ROWS):
+        for repeat in range(blocks):
+            counts[stage] += 1
+            yield f"stage{stage}_block{counts[stage]}", (row, repeat)
+
+
+# The row of each block, and which of the row's blocks it is, both from 0.
+_BLOCKS = dict(_number_blocks())
+_EXPANSION = 6
 _STEM_CHANNELS = 32
 _LAST_CHANNELS = 1280
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What distinguishes one form of the network from the other.
+class Architecture(NamedTuple):
+    """What distinguishes one form of the network from the other."""
 
-    Attributes:
-        width: Factor of the channels, except the last 1,280.
-        stem: Kernel size and stride of the stem.
-        strides: Stride of the first block of each row.
-        use_bias: Whether the convolutions have biases.
-        maximum: Where the ReLUs are cut; `None` for never.
-        initialization: How the weights start.
-    """
-
-    width: float
-    stem: tuple[int, int]
-    strides: tuple[int, ...]
-    use_bias: bool
-    maximum: float | None
-    initialization: layers.Initialization
+    width: float  # factor of the channels, except the last 1,280
+    stem: tuple[int, int]  # kernel size and stride
+    strides: tuple[int, ...]  # of the first block of each row
+    use_bias: bool = False
+    maximum: float | None = None  # where the ReLUs are cut
+    initialization: layers.Initialization = "he"
 
 
 ARCHITECTURES = {
-    "MobileNetV2": Architecture(
-        width=0.5,
-        stem=(3, 2),
-        strides=(1, 1, 2, 2, 1, 2, 1),
-        use_bias=False,
-        maximum=None,
-        initialization="he",
-    ),
+    "MobileNetV2": Architecture(width=0.5, stem=(3, 2), strides=(1, 1, 2, 2, 1, 2, 1)),
     "MobileNetV2_tinyimagenet": Architecture(
         width=1.0,
         stem=(1, 1),
@@ -84,99 +65,57 @@ MINIMUM_SIZE = 32
 
 
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> keras.Model:
-    """Builds one MobileNetV2 with freshly initialised weights.
+    """Builds one MobileNetV2, freshly initialised, of arguments that `zoo.create` has checked.
 
-    Args:
-        name: A key of `ARCHITECTURES`; it becomes the name of the model.
-        num_classes: Number of classes.
-        input_shape: Shape of one image, in the order of `keras.config.image_data_format()`.
-
-    Returns:
-        A functional model from images `[B, *input_shape]` to logits `[B, num_classes]`. The layers
-        `stage1` to `stage4` give linear feature maps: of `MobileNetV2` at 1/2, 1/4, 1/8 and 1/16 of
-        the resolution, of `MobileNetV2_tinyimagenet` at 1/2, 1/4, 1/8 and 1/8 of one that its stem
-        has padded by 2. `head_relu` gives the last feature map, `pool` the features before
-        `logits`.
+    The layers `stage1` to `stage4` give linear feature maps: of `MobileNetV2` at 1/2, 1/4, 1/8 and
+    1/16 of the resolution, of `MobileNetV2_tinyimagenet` at 1/2, 1/4, 1/8 and 1/8 of one that its
+    stem has padded by 2. `head_relu` gives the last feature map, `pool` the features before
+    `logits`.
     """
     network = ARCHITECTURES[name]
-    images = keras.Input(input_shape, name="images")
+    images = x = keras.Input(input_shape, name="images")
     kernel_size, strides = network.stem
-    x = images
-    if kernel_size == 1:
-        # A border of zeros around the image becomes one of the bias: the reference's own choice.
-        x = layers.zero_padding(x, 1, name="stem_pad")
-    channels = int(_STEM_CHANNELS * network.width)
-    x = _convolve(network, x, channels, kernel_size, "stem", strides=strides)
-    block = 0
-    for index, (row, first_strides) in enumerate(zip(_ROWS, network.strides, strict=True)):
-        ends_stage = index + 1 == len(_ROWS) or _ROWS[index + 1].stage > row.stage
-        block = block if index and _ROWS[index - 1].stage == row.stage else 0
-        for repeat in range(row.blocks):
-            block += 1
-            outputs = int(row.channels * network.width)
-            prefix = f"stage{row.stage}_block{block}"
-            last = ends_stage and repeat + 1 == row.blocks
-            x = _inverted_residual(
-                network,
-                x,
-                channels * row.expansion,
-                outputs,
-                strides=first_strides if repeat == 0 else 1,
-                residual=channels == outputs and (repeat > 0 or first_strides == 1),
-                prefix=prefix,
-                name=f"stage{row.stage}" if last else None,
-            )
-            channels = outputs
-    x = _convolve(network, x, _LAST_CHANNELS, 1, "head")
-    x = layers.global_average_pool(x, name="pool")
-    initializers = {}
-    if network.initialization == "he":
-        initializers["kernel_initializer"] = keras.initializers.RandomNormal(stddev=0.01)
-        initializers["bias_initializer"] = "zeros"
-    logits = layers.classifier(x, num_classes, name="logits", **initializers)
-    return keras.Model(images, logits, name=name)
-
-
-def _convolve(network, x, filters, kernel_size, prefix, strides=1):
-    x = layers.convolution(
-        x,
-        filters,
-        kernel_size,
-        name=f"{prefix}_conv",
-        strides=strides,
+    convolve = functools.partial(
+        layers.normalized_convolution,
+        maximum=network.maximum,
         use_bias=network.use_bias,
         initialization=network.initialization,
     )
-    x = layers.batch_norm(x, name=f"{prefix}_bn")
-    return layers.relu(x, name=f"{prefix}_relu", maximum=network.maximum)
-
-
-def _inverted_residual(network, x, expanded, outputs, *, strides, residual, prefix, name):
-    options = {"use_bias": network.use_bias, "initialization": network.initialization}
-    shortcut = x
-    x = _convolve(network, x, expanded, 1, f"{prefix}_expand")
-    x = layers.depthwise_convolution(
-        x, 3, name=f"{prefix}_depthwise_conv", strides=strides, **options
-    )
-    x = layers.batch_norm(x, name=f"{prefix}_depthwise_bn")
-    x = layers.relu(x, name=f"{prefix}_depthwise_relu", maximum=network.maximum)
-    x = layers.convolution(x, outputs, 1, name=f"{prefix}_project_conv", **options)
-    x = layers.batch_norm(x, name=f"{prefix}_project_bn")
-    if residual:
-        return keras.layers.Add(name=name or f"{prefix}_add")([x, shortcut])
-    return keras.layers.Identity(name=name)(x) if name else x
+    if kernel_size == 1:
+        # A border of zeros around the image becomes one of the bias: the reference's own choice.
+        x = keras.layers.ZeroPadding2D(1, name="stem_pad")(x)
+    channels = int(_STEM_CHANNELS * network.width)
+    x = convolve(x, channels, kernel_size, "stem", strides=strides)
+    last_of_stage = {prefix.split("_")[0]: prefix for prefix in _BLOCKS}
+    for prefix, (row, repeat) in _BLOCKS.items():
+        stage = prefix.split("_")[0]
+        last = last_of_stage[stage] == prefix
+        strides = 1 if repeat else network.strides[row]
+        outputs = int(_ROWS[row][2] * network.width)
+        shortcut = x
+        x = convolve(x, channels * (_EXPANSION if row else 1), 1, f"{prefix}_expand")
+        x = convolve(x, None, 3, f"{prefix}_depthwise", strides=strides)
+        x = convolve(x, outputs, 1, f"{prefix}_project", activate=False)
+        if channels == outputs and strides == 1:
+            x = keras.layers.Add(name=stage if last else f"{prefix}_add")([x, shortcut])
+        elif last:
+            x = keras.layers.Identity(name=stage)(x)
+        channels = outputs
+    x = convolve(x, _LAST_CHANNELS, 1, "head")
+    he = network.initialization == "he"
+    return layers.classifier(images, x, num_classes, name, std=0.01 if he else None, zero_bias=he)
 
 
 def torch_module(name: str, layer: str) -> str:
     """Returns what a layer with weights is called in a published PyTorch checkpoint."""
     half = name == "MobileNetV2"
-    if match := re.fullmatch(r"stage(\d)_block(\d+)_(\w+)_(conv|bn)", layer):
-        row, repeat = _row_of(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(stage\d_block\d+)_(\w+)_(conv|bn)", layer):
+        row, repeat = _BLOCKS[match[1]]
         # In a block's sequence a ReLU follows each of the first two normalisations.
-        position = 3 * ("expand", "depthwise", "project").index(match[3]) + (match[4] == "bn")
+        position = 3 * ("expand", "depthwise", "project").index(match[2]) + (match[3] == "bn")
         if half:
             return f"blocks.{row}.{repeat}.conv.{position}"
-        repeats = f".{repeat}" if _ROWS[row].blocks > 1 else ""
+        repeats = f".{repeat}" if _ROWS[row][1] > 1 else ""
         return f"stage{row + 1}{repeats}.residual.{position}"
     stem, head, logits = ("conv1", "conv2", "classifier.0") if half else ("pre", "conv1", "conv2")
     return {
@@ -186,14 +125,3 @@ def torch_module(name: str, layer: str) -> str:
         "head_bn": f"{head}.1",
         "logits": logits,
     }[layer]
-
-
-def _row_of(stage, block):
-    """Returns the row of a stage's block, and which of the row's blocks it is, both from 0."""
-    block -= 1
-    for index, row in enumerate(_ROWS):
-        if row.stage == stage:
-            if block < row.blocks:
-                return index, block
-            block -= row.blocks
-    raise KeyError(f"stage{stage}_block{block}")

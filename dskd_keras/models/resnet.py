@@ -10,33 +10,25 @@ reference's.
 """
 
 import re
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import keras
 
 from dskd_keras.models import layers
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What distinguishes one residual network of the family from another.
+class Architecture(NamedTuple):
+    """What distinguishes one residual network of the family from another."""
 
-    Attributes:
-        blocks: Residual blocks in each stage.
-        stem: Channels after the stem.
-        stages: Channels of each stage's blocks, and after the stage unless it has bottlenecks.
-        bottleneck: Whether a block is 1×1, 3×3 and 1×1 convolutions, the last to four times the
-            channels, rather than two 3×3 convolutions.
-    """
-
-    blocks: tuple[int, ...]
-    stem: int = 16
-    stages: tuple[int, ...] = (16, 32, 64)
+    blocks: tuple[int, ...]  # residual blocks in each stage
+    stem: int = 16  # channels after it
+    stages: tuple[int, ...] = (16, 32, 64)  # channels of each stage's blocks
+    # A bottleneck is 1×1, 3×3 and 1×1 convolutions, the last to four times the channels, in place
+    # of two 3×3 convolutions.
     bottleneck: bool = False
 
 
-_EXPANSION = 4
-_IMAGENET_STAGES = (64, 128, 256, 512)
+_IMAGENET: dict[str, Any] = {"stem": 64, "stages": (64, 128, 256, 512)}
 
 # A depth of 6n + 2 counts the stem, two convolutions in each of n blocks in three stages, and the
 # linear layer. "x4" multiplies the channels of the stages by four, those of the stem by two.
@@ -50,10 +42,8 @@ ARCHITECTURES = {
     "resnet110": Architecture(blocks=(18, 18, 18)),
     "resnet8x4": Architecture(blocks=(1, 1, 1), stem=32, stages=(64, 128, 256)),
     "resnet32x4": Architecture(blocks=(5, 5, 5), stem=32, stages=(64, 128, 256)),
-    "resnet18": Architecture(blocks=(2, 2, 2, 2), stem=64, stages=_IMAGENET_STAGES),
-    "ResNet50": Architecture(
-        blocks=(3, 4, 6, 3), stem=64, stages=_IMAGENET_STAGES, bottleneck=True
-    ),
+    "resnet18": Architecture(blocks=(2, 2, 2, 2), **_IMAGENET),
+    "ResNet50": Architecture(blocks=(3, 4, 6, 3), bottleneck=True, **_IMAGENET),
 }
 
 # Two halvings leave a feature map of 2×2, the smallest on which the position still says something;
@@ -62,63 +52,40 @@ MINIMUM_SIZE = 8
 
 
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> keras.Model:
-    """Builds one residual network with freshly initialised weights.
+    """Builds one residual network, freshly initialised, of arguments that `zoo.create` has checked.
 
-    Args:
-        name: A key of `ARCHITECTURES`; it becomes the name of the model.
-        num_classes: Number of classes.
-        input_shape: Shape of one image, in the order of `keras.config.image_data_format()`.
-
-    Returns:
-        A functional model from images `[B, *input_shape]` to logits `[B, num_classes]`. The layers
-        `stage1`, `stage2`, … give the feature maps after the last ReLU of each stage, at 1, 1/2,
-        1/4, … of the resolution (rounded up); `pool` gives the features before `logits`.
+    The layers `stage1`, `stage2`, … give the feature maps after the last ReLU of each stage, at 1,
+    1/2, 1/4, … of the resolution (rounded up); `pool` gives the features before `logits`.
     """
-    architecture = ARCHITECTURES[name]
-    images = x = keras.Input(input_shape, name="images")
-    x = layers.convolution(x, architecture.stem, 3, name="stem_conv")
-    x = layers.batch_norm(x, name="stem_bn")
-    x = layers.relu(x, name="stem_relu")
-    residual = _bottleneck if architecture.bottleneck else _basic
-    channels = architecture.stem
-    for stage, filters in enumerate(architecture.stages, start=1):
-        outputs = filters * _EXPANSION if architecture.bottleneck else filters
-        blocks = architecture.blocks[stage - 1]
+    network = ARCHITECTURES[name]
+    images = keras.Input(input_shape, name="images")
+    x = layers.normalized_convolution(images, network.stem, 3, "stem")
+    channels = network.stem
+    stages = zip(network.stages, network.blocks, strict=True)
+    for stage, (filters, blocks) in enumerate(stages, start=1):
+        outputs = 4 * filters if network.bottleneck else filters
         for block in range(1, blocks + 1):
             prefix = f"stage{stage}_block{block}"
             strides = 2 if stage > 1 and block == 1 else 1
+            # Of each convolution: channels, kernel size and strides.
+            convolutions = [(filters, 3, strides), (filters, 3, 1)]
+            if network.bottleneck:
+                convolutions = [(filters, 1, 1), (filters, 3, strides), (outputs, 1, 1)]
             shortcut = x
             if strides > 1 or channels != outputs:
-                shortcut = layers.convolution(
-                    x, outputs, 1, strides=strides, name=f"{prefix}_shortcut_conv"
+                shortcut = layers.normalized_convolution(
+                    x, outputs, 1, f"{prefix}_shortcut", strides=strides, activate=False
                 )
-                shortcut = layers.batch_norm(shortcut, name=f"{prefix}_shortcut_bn")
-            x = residual(x, filters, strides, prefix)
+            last = len(convolutions)
+            for index, (width, kernel_size, step) in enumerate(convolutions, start=1):
+                x = layers.normalized_convolution(
+                    x, width, kernel_size, prefix, index, strides=step, activate=index < last
+                )
             x = keras.layers.Add(name=f"{prefix}_add")([x, shortcut])
-            last = "relu3" if architecture.bottleneck else "relu2"
-            x = layers.relu(x, name=f"stage{stage}" if block == blocks else f"{prefix}_{last}")
+            name_of_last = f"stage{stage}" if block == blocks else f"{prefix}_relu{last}"
+            x = keras.layers.ReLU(name=name_of_last)(x)
             channels = outputs
-    x = layers.global_average_pool(x, name="pool")
-    return keras.Model(images, layers.classifier(x, num_classes, name="logits"), name=name)
-
-
-def _basic(x, filters, strides, prefix):
-    x = layers.convolution(x, filters, 3, strides=strides, name=f"{prefix}_conv1")
-    x = layers.batch_norm(x, name=f"{prefix}_bn1")
-    x = layers.relu(x, name=f"{prefix}_relu1")
-    x = layers.convolution(x, filters, 3, name=f"{prefix}_conv2")
-    return layers.batch_norm(x, name=f"{prefix}_bn2")
-
-
-def _bottleneck(x, filters, strides, prefix):
-    x = layers.convolution(x, filters, 1, name=f"{prefix}_conv1")
-    x = layers.batch_norm(x, name=f"{prefix}_bn1")
-    x = layers.relu(x, name=f"{prefix}_relu1")
-    x = layers.convolution(x, filters, 3, strides=strides, name=f"{prefix}_conv2")
-    x = layers.batch_norm(x, name=f"{prefix}_bn2")
-    x = layers.relu(x, name=f"{prefix}_relu2")
-    x = layers.convolution(x, filters * _EXPANSION, 1, name=f"{prefix}_conv3")
-    return layers.batch_norm(x, name=f"{prefix}_bn3")
+    return layers.classifier(images, x, num_classes, name)
 
 
 def torch_module(name: str, layer: str) -> str:

@@ -1,38 +1,35 @@
 """Reading the PyTorch checkpoints that the projects of the literature publish."""
 
 import argparse
+import importlib
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
-from dskd_keras.errors import InputError
-from dskd_keras.models.zoo import FAMILIES
+from dskd_keras.errors import InputError, missing_package
+from dskd_keras.models import zoo
+from dskd_keras.models.catalog import FAMILIES
 
 # Where training scripts put the `state_dict` beside the optimizer's state and the epoch.
 _WRAPPERS = ("model", "state_dict")
-# `torch.nn.DataParallel` puts this before every key.
-_PARALLEL_PREFIX = "module."
-# Of each kind of difference, an error shows that many.
+# An error lists that many keys of each kind.
 _MOST_SHOWN = 8
 # What training scripts save beside tensors: their options, and NumPy's numbers and arrays. Reading
 # these runs no code of the file. Before version 2, NumPy's module had another name.
-_NUMPY = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
-_HARMLESS = [
-    argparse.Namespace,
-    np.dtype,
-    np.ndarray,
-    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
-    *_NUMPY,
-    *((function, f"numpy.core.multiarray.{function.__name__}") for function in _NUMPY),
-]
+_MULTIARRAY: Any = importlib.import_module("numpy._core.multiarray")
+_NUMPY = (_MULTIARRAY.scalar, _MULTIARRAY._reconstruct)
+_HARMLESS = [argparse.Namespace, np.dtype, np.ndarray, *_NUMPY]
+_HARMLESS += [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
+_HARMLESS += [(function, f"numpy.core.multiarray.{function.__name__}") for function in _NUMPY]
 
 
 def load_torch_weights(
-    model: keras.Model, path: str | os.PathLike, *, field: str = "path"
+    model: keras.Model, path: str | os.PathLike[str], *, field: str = "path"
 ) -> keras.Model:
     """Loads a published PyTorch checkpoint into a model of the zoo.
 
@@ -75,22 +72,19 @@ def load_torch_weights(
     broken = [key for key, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise InputError(f"{field}: '{path}' has values that are not finite in {_shown(broken)}.")
-    for key, (variable, arrange, _) in targets.items():
-        variable.assign(arrange(arrays[key]))
+    for key, (variable, axes, shape) in targets.items():
+        variable.assign(arrays[key].reshape(shape).transpose(np.argsort(axes)))
     return model
 
 
-def _read(field, path):
+def _read(field: str, path: str | os.PathLike[str]) -> Any:
     """Returns what is in the file, without running any code of it."""
     if not os.path.isfile(path):
         raise InputError(f"{field}: there is no file '{path}'.")
     try:
         import torch
-    except ImportError as error:
-        raise InputError(
-            f"{field}: '{path}' is read with PyTorch, which can't be imported ({error}). Install "
-            "torch, or give a .keras or a .weights.h5 file."
-        ) from None
+    except ModuleNotFoundError:
+        raise missing_package(field, "torch", "torch") from None
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -110,33 +104,43 @@ def _read(field, path):
         ) from None
 
 
-def _state_dict(content, where):
+def _state_dict(content: Any, where: str) -> dict[str, Any]:
     """Returns the tensors by key, from wherever in the checkpoint they are."""
     import torch
 
-    wrapper = next(
-        (key for key in _WRAPPERS if isinstance(content, Mapping) and key in content), None
-    )
-    found = content if wrapper is None else content[wrapper]
+    found = content
+    if isinstance(content, Mapping):
+        found = next((content[key] for key in _WRAPPERS if key in content), content)
     if not isinstance(found, Mapping) or not all(map(torch.is_tensor, found.values())):
         keys = f" with {_shown(list(content))}" if isinstance(content, Mapping) else ""
         raise InputError(
             f"{where} holds a {type(content).__name__}{keys}, where a state_dict is expected, "
             f"alone or under {' or '.join(map(repr, _WRAPPERS))}."
         )
-    tensors = {str(key).removeprefix(_PARALLEL_PREFIX): value for key, value in found.items()}
-    # How many batches the statistics saw: PyTorch needs it for a cumulative average alone.
-    return {key: value for key, value in tensors.items() if "num_batches_tracked" not in key}
+    return {
+        # `torch.nn.DataParallel` puts it before every key.
+        str(key).removeprefix("module."): value
+        for key, value in found.items()
+        # How many batches the statistics saw: PyTorch needs it for a cumulative average alone.
+        if "num_batches_tracked" not in str(key)
+    }
 
 
-def _targets(model):
-    """Yields, for each key that a checkpoint of the model has, what it goes into.
+# A Keras variable, its axes in PyTorch's order, and the shape that gives.
+_Target = tuple[keras.Variable, tuple[int, ...], tuple[int, ...]]
+# The axes of kernels; those of all else have one order.
+_AXES = {
+    keras.layers.Conv2D: (3, 2, 0, 1),
+    keras.layers.DepthwiseConv2D: (2, 3, 0, 1),
+    keras.layers.Dense: (1, 0),
+}
+# In Keras's order, of a convolution and a linear layer (two) as of a batch normalisation (four).
+_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 
-    Yields:
-        `(key, (variable, arrange, shape))`: the Keras variable, the function that brings PyTorch's
-        array into its layout, and the array's expected shape.
-    """
-    family = FAMILIES[model.name]
+
+def _targets(model: keras.Model) -> Iterator[tuple[str, _Target]]:
+    """Yields each key that a checkpoint of the model has, with what its tensor goes into."""
+    family = zoo.family(model.name)
     for layer in model.layers:
         if not layer.weights:
             continue
@@ -147,33 +151,15 @@ def _targets(model):
                 f"model: '{model.name}' has a layer '{layer.name}', which the zoo's {model.name} "
                 "lacks. Load the weights into an unchanged model of the zoo."
             ) from None
-        for variable, key in zip(layer.weights, _WEIGHTS[: len(layer.weights)], strict=True):
-            arrange, shape = _ARRANGEMENTS.get(type(layer), (None, None))
-            if key != "weight" or arrange is None:
-                arrange, shape = np.asarray, tuple
-            yield f"{module}.{key}", (variable, arrange, shape(variable.shape))
+        for variable, key in zip(layer.weights, _WEIGHTS, strict=False):
+            axes = tuple(range(len(variable.shape)))
+            if key == "weight":
+                axes = _AXES.get(type(layer), axes)
+            shape = tuple(variable.shape[axis] for axis in axes)
+            yield f"{module}.{key}", (variable, axes, shape)
 
 
-# In Keras's order, of a convolution and a linear layer (two) as of a batch normalisation (four).
-_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
-# From PyTorch's layout of a kernel to Keras's, and from Keras's shape to PyTorch's.
-_ARRANGEMENTS = {
-    keras.layers.Conv2D: (
-        lambda kernel: kernel.transpose(2, 3, 1, 0),
-        lambda shape: (shape[3], shape[2], shape[0], shape[1]),
-    ),
-    keras.layers.DepthwiseConv2D: (
-        lambda kernel: kernel.transpose(2, 3, 0, 1),
-        lambda shape: (shape[2], shape[3], shape[0], shape[1]),
-    ),
-    keras.layers.Dense: (
-        lambda kernel: kernel.reshape(kernel.shape[:2]).T,
-        lambda shape: (shape[1], shape[0]),
-    ),
-}
-
-
-def _check_fit(problem, tensors, targets):
+def _check_fit(problem: str, tensors: Mapping[str, Any], targets: Mapping[str, _Target]) -> None:
     """Raises `InputError` unless the checkpoint has the model's keys, with its shapes."""
     differing = []
     for key, (_, _, expected) in targets.items():
@@ -193,7 +179,7 @@ def _check_fit(problem, tensors, targets):
         raise InputError(f"{problem}; {'; '.join(listed)}.")
 
 
-def _shown(names):
+def _shown(names: Sequence[object]) -> str:
     shown = ", ".join(map(str, names[:_MOST_SHOWN])) or "none"
     rest = len(names) - _MOST_SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown

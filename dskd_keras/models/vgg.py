@@ -32,38 +32,24 @@ _FOURTH_POOLING = 64
 
 
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> keras.Model:
-    """Builds one VGG network with freshly initialised weights.
+    """Builds one VGG network, freshly initialised, of arguments that `zoo.create` has checked.
 
-    Args:
-        name: A key of `ARCHITECTURES`; it becomes the name of the model.
-        num_classes: Number of classes.
-        input_shape: Shape of one image, in the order of `keras.config.image_data_format()`.
-
-    Returns:
-        A functional model from images `[B, *input_shape]` to logits `[B, num_classes]`. The layers
-        `stage1` to `stage5` give the feature maps after the last ReLU of each stage, at 1, 1/2,
-        1/4, 1/8 and 1/8 of the resolution (rounded down); from 64×64 on the last is at 1/16.
-        `pool` gives the features before `logits`.
+    The layers `stage1` to `stage5` give the feature maps after the last ReLU of each stage, at 1,
+    1/2, 1/4, 1/8 and 1/8 of the resolution (rounded down); from 64×64 on the last is at 1/16.
+    `pool` gives the features before `logits`.
     """
     images = x = keras.Input(input_shape, name="images")
     convolutions = ARCHITECTURES[name]
     for stage, (count, filters) in enumerate(zip(convolutions, _CHANNELS, strict=True), start=1):
+        prefix = f"stage{stage}"
         for index in range(1, count + 1):
-            prefix = f"stage{stage}"
-            x = layers.convolution(x, filters, 3, name=f"{prefix}_conv{index}", use_bias=True)
-            x = layers.batch_norm(x, name=f"{prefix}_bn{index}")
-            x = layers.relu(x, name=prefix if index == count else f"{prefix}_relu{index}")
+            x = layers.normalized_convolution(
+                x, filters, 3, prefix, index, use_bias=True, activate=False
+            )
+            x = keras.layers.ReLU(name=prefix if index == count else f"{prefix}_relu{index}")(x)
         if stage < 4 or (stage == 4 and min(layers.size(images)) >= _FOURTH_POOLING):
-            x = layers.max_pool(x, name=f"stage{stage}_pool")
-    x = layers.global_average_pool(x, name="pool")
-    logits = layers.classifier(
-        x,
-        num_classes,
-        name="logits",
-        kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-        bias_initializer="zeros",
-    )
-    return keras.Model(images, logits, name=name)
+            x = keras.layers.MaxPooling2D(2, name=f"{prefix}_pool")(x)
+    return layers.classifier(images, x, num_classes, name, std=0.01, zero_bias=True)
 
 
 def torch_module(name: str, layer: str) -> str:

@@ -1,27 +1,19 @@
-"""The models by name: which there are, and `create`, which builds one."""
+"""`create`, which builds a model of the zoo."""
 
-import operator
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
 import keras
 
-from dskd_keras.errors import InputError, unknown_name
-from dskd_keras.models import mobilenet, resnet, shufflenet, vgg, wide_resnet
-
-# A family is a module with `ARCHITECTURES` (by name), `MINIMUM_SIZE` (of an image's height and
-# width), `build(name, num_classes, input_shape)`, and `torch_module(name, layer)`, which says what
-# a layer with weights is called in the family's published PyTorch checkpoints.
-FAMILIES: dict[str, ModuleType] = {
-    name: family
-    for family in (resnet, wide_resnet, vgg, mobilenet, shufflenet)
-    for name in family.ARCHITECTURES
-}
+from dskd_keras import checks
+from dskd_keras.errors import InputError, wrong
+from dskd_keras.models import catalog
 
 
-def names() -> list[str]:
-    """Returns the names that `create` knows, family by family, small models first."""
-    return list(FAMILIES)
+def family(name: str) -> ModuleType:
+    """Returns the module that builds a model, see `catalog.FAMILIES`."""
+    return importlib.import_module(f"dskd_keras.models.{catalog.FAMILIES[name]}")
 
 
 def create(
@@ -55,45 +47,21 @@ def create(
     shallow = student.get_layer("stage1").output  # [B, 32, 32, 16]
     ```
     """
-    canonical = {known.casefold(): known for known in FAMILIES}.get(str(name).casefold())
-    if canonical is None:
-        raise unknown_name(field, name, FAMILIES)
-    family = FAMILIES[canonical]
-    classes = _integer(num_classes)
-    if classes is None or classes < 2:
-        raise InputError(f"num_classes: {num_classes!r} is not an integer of at least 2.")
-    shape = _image_shape(input_shape, family.MINIMUM_SIZE, canonical)
-    return family.build(canonical, classes, shape)
-
-
-def _image_shape(input_shape: Sequence[int], minimum_size: int, model: str) -> tuple[int, int, int]:
-    """Returns `input_shape` as a tuple of three integers, or raises `InputError`."""
-    data_format = keras.config.image_data_format()
-    if data_format == "channels_first":
-        order, spatial = "(channels, height, width)", slice(1, 3)
-    else:
-        order, spatial = "(height, width, channels)", slice(0, 2)
-    sized = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
-    shape = tuple(_integer(size) for size in input_shape) if sized else ()
-    if len(shape) != 3 or any(size is None or size < 1 for size in shape):
-        raise InputError(
-            f"input_shape: {input_shape!r} is not three positive integers {order}, "
-            f"the order of keras.config.image_data_format() = {data_format!r}."
-        )
-    if min(shape[spatial]) < minimum_size:
-        raise InputError(
-            f"input_shape: {input_shape!r} is too small or in another order; {model} takes "
-            f"{order} with a height and width of at least {minimum_size}, "
-            f"as keras.config.image_data_format() = {data_format!r}."
-        )
-    return shape
-
-
-def _integer(value: object) -> int | None:
-    """Returns `value` as an `int`, or `None` where it is no integer; a bool is none."""
-    if isinstance(value, bool):
-        return None
+    name = catalog.check_name(field, name)
+    classes = checks.whole("num_classes", num_classes, 2)
+    module = family(name)
+    first = keras.config.image_data_format() == "channels_first"
     try:
-        return operator.index(value)
-    except TypeError:
-        return None
+        shape = tuple(checks.whole("input_shape", side, 1) for side in input_shape)
+    except (TypeError, InputError):
+        shape = ()
+    if len(shape) != 3 or min(shape[1:] if first else shape[:2]) < module.MINIMUM_SIZE:
+        raise wrong(
+            "input_shape",
+            input_shape,
+            "three positive integers "
+            f"{'(channels, height, width)' if first else '(height, width, channels)'} with a "
+            f"height and width of at least {module.MINIMUM_SIZE} for {name}, as "
+            f"keras.config.image_data_format() is {keras.config.image_data_format()!r}",
+        )
+    return module.build(name, classes, shape)

@@ -4,30 +4,30 @@ import base64
 import datetime
 import importlib.resources
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 
-from dskd_keras import artifacts
+from dskd_keras import files
 from dskd_keras.errors import InputError
-from dskd_keras.report import folders, pictures
-from dskd_keras.report.results import (
-    caption,
-    known,
-    mean,
-    mebibytes,
-    percents,
-    spread,
-)
+from dskd_keras.report import reading
+from dskd_keras.report.reading import Run, SeedRun
+from dskd_keras.report.run_result import RunResult
+from dskd_keras.report.table import caption, known, mean, mebibytes, percents, spread
 
 _TEMPLATE = "report.html.jinja"
 _PAGE = "report.html"
 _MOST_PAIRS = 10
 _DASH = "–"
 
+# By folder and name, the pictures that were drawn.
+_Drawn = dict[tuple[Path, str], bytes]
 
-def write(run_dirs, output=None):
+
+def write(run_dirs: str | Path | Iterable[str | Path], output: str | Path | None = None) -> Path:
     """Writes the pictures and the report of run folders, from their files alone.
 
     `learning_curves.png` goes into each run folder, `layer_weights.png`, `layer_losses.png` and
@@ -45,19 +45,10 @@ def write(run_dirs, output=None):
     Raises:
         InputError: A path is no run folder, or a file can't be written.
     """
-    return write_runs(read(run_dirs), output)
+    return write_runs(reading.read_runs(run_dirs), output)
 
 
-def read(run_dirs):
-    """Returns a `folders.Run` for each path, or for the one path.
-
-    Raises:
-        InputError: A path is no run folder.
-    """
-    return folders.read_runs([run_dirs] if isinstance(run_dirs, (str, Path)) else run_dirs)
-
-
-def write_runs(runs, output=None):
+def write_runs(runs: Sequence[Run], output: str | Path | None = None) -> Path:
     """Does the work of `write` for runs that are read already."""
     if output is None:
         output = runs[0].folder / _PAGE if len(runs) == 1 else Path(_PAGE)
@@ -66,11 +57,14 @@ def write_runs(runs, output=None):
         raise InputError(
             f"output: '{output}' is a folder. Give a file, such as '{output / _PAGE}'."
         )
+    # Matplotlib takes a second: a wrong folder is answered before.
+    from dskd_keras.report import curves
+
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shown = [_write_pictures(run) for run in runs]
-        compared = pictures.compared_curves(runs) if len(runs) > 1 else None
-        artifacts.write_text(output, _render(runs, shown, compared))
+        compared = curves.compared_curves(runs) if len(runs) > 1 else None
+        files.write_text(output, _render(runs, shown, compared))
     except OSError as error:
         raise InputError(
             f"output: can't write '{error.filename or output}': {error.strerror}."
@@ -78,21 +72,23 @@ def write_runs(runs, output=None):
     return output
 
 
-def _write_pictures(run):
-    """Writes a run's pictures; returns `{(folder, name): PNG}`."""
-    drawn = {(run.folder, "learning_curves"): pictures.learning_curves(run)}
+def _write_pictures(run: Run) -> _Drawn:
+    """Writes a run's pictures, and returns them."""
+    from dskd_keras.report import confusion, curves, layers
+
+    pictures = {(run.folder, "learning_curves"): curves.learning_curves(run)}
     for seed in run.seeds:
-        drawn[seed.folder, "layer_weights"] = pictures.layer_weights(seed)
-        drawn[seed.folder, "layer_losses"] = pictures.layer_losses(seed)
+        pictures[seed.folder, "layer_weights"] = layers.allocations(seed)
+        pictures[seed.folder, "layer_losses"] = layers.losses(seed)
         if seed.confusion is not None:
-            drawn[seed.folder, "confusion"] = pictures.confusion(seed.confusion)
-    drawn = {place: png for place, png in drawn.items() if png is not None}
+            pictures[seed.folder, "confusion"] = confusion.picture(seed.confusion)
+    drawn = {place: png for place, png in pictures.items() if png is not None}
     for (folder, name), png in drawn.items():
-        artifacts.write_bytes(folder / f"{name}.png", png)
+        files.write_bytes(folder / f"{name}.png", png)
     return drawn
 
 
-def _render(runs, shown, compared):
+def _render(runs: Sequence[Run], shown: Sequence[_Drawn], compared: bytes | None) -> str:
     template = importlib.resources.files(__package__).joinpath(_TEMPLATE)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -122,18 +118,18 @@ def _render(runs, shown, compared):
     )
 
 
-def _described(run, png):
+def _described(run: Run, png: _Drawn) -> dict[str, Any]:
     """Returns what the template needs of one run."""
     labels = {seed.folder: f"{seed.method}, seed {seed.seed}" for seed in run.seeds}
     layers = []
     matrices = []
     # What the report is about comes first and is open.
-    for seed in sorted(run.seeds, key=lambda seed: -folders.METHODS.index(seed.method)):
+    for seed in sorted(run.seeds, key=lambda seed: -reading.METHODS.index(seed.method)):
         label = labels[seed.folder]
         drawn = [
             _picture(png.get((seed.folder, name)), text)
             for name, text in (
-                ("layer_weights", f"Weights of the layers by epoch, {label}: {_shares(seed)}"),
+                ("layer_weights", f"Allocation to the layers by epoch, {label}: {_shares(seed)}"),
                 ("layer_losses", f"Losses of the layers by epoch, {label}"),
             )
         ]
@@ -168,7 +164,7 @@ def _described(run, png):
     }
 
 
-def _summary(run):
+def _summary(run: Run) -> str:
     dataset = ", ".join(dict.fromkeys(seed.dataset for seed in run.seeds))
     students = ", ".join(dict.fromkeys(seed.model for seed in run.seeds))
     teachers = {teacher.model for teacher in run.teachers()} or {
@@ -180,12 +176,12 @@ def _summary(run):
     return f"{pair} on {dataset}"
 
 
-def _result_rows(run):
+def _result_rows(run: Run) -> list[dict[str, str]]:
     """Returns the rows of the results' table, cells as text."""
     teachers = run.teachers()
     rows = [_result_row(run, [teacher], "teacher", teachers) for teacher in teachers]
     for method, seeds in run.by_method().items():
-        by_model = {}
+        by_model: dict[str, list[RunResult]] = {}
         for seed in seeds:
             if seed.result is not None:
                 by_model.setdefault(seed.model, []).append(seed.result)
@@ -208,7 +204,9 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _result_row(run, results, method, teachers):
+def _result_row(
+    run: Run, results: Sequence[RunResult], method: str, teachers: Sequence[RunResult]
+) -> dict[str, str]:
     accuracies = percents(results, "test_accuracy")
     difference = _DASH
     # Of several teachers nobody can say which one is meant.
@@ -231,7 +229,7 @@ def _result_row(run, results, method, teachers):
     return dict(zip(_COLUMNS, cells, strict=True))
 
 
-def _heads(run):
+def _heads(run: Run) -> list[dict[str, Any]]:
     """Returns the accuracies of the auxiliary heads beside those of the whole models."""
     tables = []
     for method, seeds in run.by_method().items():
@@ -259,7 +257,7 @@ def _heads(run):
     return tables
 
 
-def _sizes(run):
+def _sizes(run: Run) -> list[dict[str, Any]]:
     """Returns rows on what the student costs, beside its teacher: value and ratio."""
     teachers = run.teachers()
     teacher = teachers[0] if len(teachers) == 1 else None
@@ -271,7 +269,7 @@ def _sizes(run):
     return rows
 
 
-def _cost(label, results, teacher):
+def _cost(label: str, results: Sequence[RunResult], teacher: RunResult | None) -> dict[str, Any]:
     of_teacher = [] if teacher is None else [teacher]
     cells = []
     for values, reference, digits, better in (
@@ -287,7 +285,7 @@ def _cost(label, results, teacher):
     return {"label": label, "cells": cells}
 
 
-def _columns(runs):
+def _columns(runs: Sequence[Run]) -> list[tuple[str, list[SeedRun]]]:
     """Returns `(name, seeds)` of each method of each run."""
     return [
         (f"{run.name}: {method}" if len(runs) > 1 else method, seeds)
@@ -296,7 +294,7 @@ def _columns(runs):
     ]
 
 
-def _configuration(runs):
+def _configuration(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns the fields of all configurations, those that differ apart from the rest."""
     columns = [(name, [s for s in seeds if s.config]) for name, seeds in _columns(runs)]
     columns = [(name, seeds) for name, seeds in columns if seeds]
@@ -311,7 +309,7 @@ def _configuration(runs):
     return {"columns": [name for name, _ in columns], "differing": differing, "same": same}
 
 
-def _setting(field, seeds):
+def _setting(field: str, seeds: Sequence[SeedRun]) -> str:
     if field == "seeds":
         return " ".join(str(seed.seed) for seed in seeds)
     values = {seed.seed: _plain(seed.config.get(field)) for seed in seeds}
@@ -320,7 +318,7 @@ def _setting(field, seeds):
     return "; ".join(f"seed {seed}: {value}" for seed, value in values.items())
 
 
-def _plain(value):
+def _plain(value: Any) -> str:
     if value is None:
         return _DASH
     if isinstance(value, bool):
@@ -330,7 +328,7 @@ def _plain(value):
     return str(value)
 
 
-def _problems(run):
+def _problems(run: Run) -> list[str]:
     problems = [problem for seed in run.seeds for problem in seed.problems]
     for method, seeds in run.by_method().items():
         configs = [seed.config for seed in seeds if seed.config]
@@ -347,9 +345,9 @@ def _problems(run):
     return problems
 
 
-def _software(runs):
+def _software(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     """Returns `(backend and packages, methods)`, one row where all runs had the same."""
-    rows = {}
+    rows: dict[tuple[str, str], dict[str, None]] = {}
     for name, seeds in _columns(runs):
         for result in (seed.result for seed in seeds if seed.result is not None):
             packages = ", ".join(f"{key} {value}" for key, value in result.versions.items())
@@ -357,7 +355,7 @@ def _software(runs):
     return [(backend, packages, ", ".join(names)) for (backend, packages), names in rows.items()]
 
 
-def _commands(runs):
+def _commands(runs: Sequence[Run]) -> list[str]:
     return list(
         dict.fromkeys(
             seed.result.command
@@ -368,7 +366,7 @@ def _commands(runs):
     )
 
 
-def _last_change(runs):
+def _last_change(runs: Sequence[Run]) -> str:
     times = [
         path.stat().st_mtime
         for run in runs
@@ -381,7 +379,7 @@ def _last_change(runs):
     return f"{datetime.datetime.fromtimestamp(max(times), datetime.UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _ends(runs):
+def _ends(runs: Sequence[Run]) -> list[str]:
     """Says how each run ended, for those who can't see the pictures."""
     return [
         f"{f'{run.name}: ' if len(runs) > 1 else ''}{seed.method} seed {seed.seed} "
@@ -392,7 +390,7 @@ def _ends(runs):
     ]
 
 
-def _shares(seed):
+def _shares(seed: SeedRun) -> str:
     return "; ".join(
         f"{label} at the end: "
         + ", ".join(
@@ -407,5 +405,5 @@ def _shares(seed):
     )
 
 
-def _picture(png, text):
-    return png and {"data": base64.b64encode(png).decode(), "text": text}
+def _picture(png: bytes | None, text: str) -> dict[str, str] | None:
+    return {"data": base64.b64encode(png).decode(), "text": text} if png else None

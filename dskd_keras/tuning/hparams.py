@@ -1,5 +1,9 @@
 """A search for TensorBoard's HParams page, written without TensorFlow."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 from tensorboard.plugins.hparams import summary_v2 as hparams
 
 from dskd_keras.callbacks.tensorboard import EventFile
@@ -8,12 +12,12 @@ from dskd_keras.callbacks.tensorboard import EventFile
 _METRIC = hparams.Metric("epoch_accuracy", group="validation", display_name="validation accuracy")
 
 
-def write_experiment(folder, ranges):
+def write_ranges(folder: Path, ranges: Mapping[str, Sequence[Any]]) -> None:
     """Writes what is searched, at the root of all trials' folders.
 
     Args:
-        folder: Where, a `pathlib.Path`.
-        ranges: A dict of what is searched: a pair of numbers, from and to, or a list of choices.
+        folder: The root.
+        ranges: By name a pair of numbers, from and to, or a list of choices.
     """
     domains = [
         hparams.HParam(name, _domain(choices), description="") for name, choices in ranges.items()
@@ -21,29 +25,29 @@ def write_experiment(folder, ranges):
     _write(folder, hparams.hparams_config_pb(domains, [_METRIC]))
 
 
-def write_values(folder, trial_id, values):
+def write_values(folder: Path, trial_id: str, values: Mapping[str, Any]) -> None:
     """Writes the values of a trial beside its scalars.
 
     Args:
-        folder: That of `TensorBoardScalars`, a `pathlib.Path`.
+        folder: That of `TensorBoardScalars`.
         trial_id: Joins the runs of several seeds.
-        values: A dict of numbers, strings and lists of strings.
+        values: Numbers, strings and lists of strings, by name.
     """
-    values = {name: _plain(value) for name, value in values.items()}
-    _write(folder, hparams.hparams_pb(values, trial_id))
+    plain = {name: _plain(value) for name, value in values.items()}
+    _write(folder, hparams.hparams_pb(plain, trial_id))
 
 
-def _write(folder, summary):
+def _write(folder: Path, summary: Any) -> None:
     file = EventFile(folder)
     file.write_summary(0, summary)
     file.close()
 
 
-def _domain(choices):
+def _domain(choices: Sequence[Any]) -> Any:
     if all(isinstance(choice, int | float) for choice in choices):
         return hparams.RealInterval(*map(float, choices))
     return hparams.Discrete([_plain(choice) for choice in choices])
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return ", ".join(value) if isinstance(value, list) else value

@@ -2,31 +2,36 @@
 
 import inspect
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
-import keras_tuner
 
+from dskd_keras import checks, weighting
 from dskd_keras.callbacks import StopOnNonFiniteLoss
-from dskd_keras.config import SearchRanges
 from dskd_keras.distiller import Distiller
-from dskd_keras.errors import InputError, TrainingError, unknown_name
+from dskd_keras.errors import TrainingError, missing_package, unknown_name, wrong
 from dskd_keras.optimizers import SGD
-from dskd_keras.tuning.memory import gradients_forgotten
-from dskd_keras.weighting import Softmax
-from dskd_keras.weighting import get as get_weighting
+from dskd_keras.tuning.config import SearchRanges
+from dskd_keras.tuning.tensorflow_internals import clean_gradient_registry
+
+try:
+    import keras_tuner
+except ModuleNotFoundError as error:
+    raise missing_package("tuning", str(error.name), "tune") from None
 
 # Digits of a number that a trial draws: more would only look precise.
 _DIGITS = 4
 # Between the layers of one choice: KerasTuner chooses among strings, and layers' names have none.
-_AND = ", "
+_SEPARATOR = ", "
 
 
 class DistillationHyperModel(keras_tuner.HyperModel):
     """Builds a compiled `Distiller` for every trial of a KerasTuner search.
 
-    What `ranges` leaves out, and what the distiller has no use for (the weights of shallow layers
-    where none is supervised, say), keeps its given value. The first value that a range proposes is
-    the given one, so a search can be compared with where it began.
+    What `ranges` leaves out keeps its given value, and so does what the distiller has no use for,
+    such as the coefficients of shallow layers where none is supervised. The first value that a
+    range proposes is the given one, so a search can be compared with where it began.
 
     The teacher is one object for all trials. It is not saved with them: the weights that a tuner
     keeps of a trial are the student's and its heads'.
@@ -64,22 +69,21 @@ class DistillationHyperModel(keras_tuner.HyperModel):
 
     def __init__(
         self,
-        teacher,
-        student,
-        ranges=None,
-        optimizer=None,
-        learning_rate=0.05,
-        loss=None,
-        metrics=None,
-        **settings,
+        teacher: keras.Model | None,
+        student: Callable[[], keras.Model],
+        ranges: SearchRanges | Mapping[str, Any] | None = None,
+        optimizer: Callable[[float], keras.optimizers.Optimizer] | None = None,
+        learning_rate: float = 0.05,
+        loss: Any = None,
+        metrics: Callable[[], list[Any]] | None = None,
+        **settings: Any,
     ):
         super().__init__()
         for argument in settings.keys() - set(_SETTINGS):
-            raise unknown_name("DistillationHyperModel argument", argument, _SETTINGS)
+            raise unknown_name("argument", argument, _SETTINGS)
         if not callable(student) or isinstance(student, keras.Model):
-            raise InputError(
-                "student should be a function that returns a new student: every trial trains one "
-                f"of its own. Received: {type(student).__name__}."
+            raise wrong(
+                "student", student, "a function that returns a new student: every trial trains one"
             )
         if ranges is not None and not isinstance(ranges, SearchRanges):
             # A dict is the whole of what is searched.
@@ -88,38 +92,37 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         self.teacher = teacher
         self._student = student
         self._optimizer = optimizer or _sgd
-        self._learning_rate = learning_rate
+        self._learning_rate = checks.real("learning_rate", learning_rate, above=0)
         self._loss = loss
         self._metrics = metrics or _accuracy
         self._settings = {name: _SETTINGS[name].default for name in _SETTINGS} | settings
-        self._settings["weighting"] = get_weighting(self._settings["weighting"])
+        self._settings["weighting"] = weighting.get(self._settings["weighting"])
 
-    def declare_hyperparameters(self, hp):
+    def declare_hyperparameters(self, hp: keras_tuner.HyperParameters) -> None:
         """Declares all that is searched.
 
         Args:
-            hp: `keras_tuner.HyperParameters`.
+            hp: Where.
         """
         self.values(hp)
 
-    def values(self, hp):
+    def values(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
         """Returns a trial's values of what is searched, by the names of `SearchRanges`.
 
         Args:
-            hp: The trial's `keras_tuner.HyperParameters`.
+            hp: The trial's.
 
         Returns:
-            A dict: floats with four digits, a name for `weighting`, a list of names for
-            `student_layers`.
+            Floats with four digits, a name for `weighting`, a list of names for `student_layers`.
         """
-        values = {}
+        values: dict[str, Any] = {}
         layers = self._settings["student_layers"]
         if self.ranges.student_layers is not None:
-            choices = [_AND.join(choice) for choice in self.ranges.student_layers]
-            given = _AND.join(layers)
+            choices = [_SEPARATOR.join(choice) for choice in self.ranges.student_layers]
+            given = _SEPARATOR.join(layers)
             default = given if given in choices else choices[0]
             values["student_layers"] = hp.Choice("student_layers", choices, default=default).split(
-                _AND
+                _SEPARATOR
             )
             layers = choices
         # A term that is switched off stays off.
@@ -134,29 +137,29 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         for name in terms:
             self._number(hp, name, self._settings[name], values)
         if any(name.startswith("deep") for name in terms):
-            self._weighting(hp, values)
+            self._strategy(hp, values)
         self._number(hp, "learning_rate", self._learning_rate, values)
         return values
 
-    def distiller(self, hp):
+    def distiller(self, hp: keras_tuner.HyperParameters) -> Distiller:
         """Returns a new `Distiller` with a trial's values, not compiled.
 
         Args:
-            hp: The trial's `keras_tuner.HyperParameters`.
+            hp: The trial's.
         """
         values = self.values(hp)
         values.pop("learning_rate", None)
-        sharpness = values.pop("weighting_temperature", self._sharpness())
+        temperature = values.pop("weighting_temperature", self._weighting_temperature())
         given = self._settings["weighting"]
-        if values.get("weighting", "softmax" if isinstance(given, Softmax) else None) == "softmax":
-            values["weighting"] = Softmax(sharpness)
+        if values.get("weighting", _name(given)) == "softmax":
+            values["weighting"] = weighting.Softmax(temperature)
         return Distiller(self.teacher, self._student(), **self._settings | values)
 
-    def build(self, hp):
+    def build(self, hp: keras_tuner.HyperParameters) -> Distiller:
         """Returns a new compiled `Distiller` with a trial's values.
 
         Args:
-            hp: The trial's `keras_tuner.HyperParameters`.
+            hp: The trial's.
         """
         distiller = self.distiller(hp)
         distiller.compile(
@@ -166,11 +169,13 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         )
         return distiller
 
-    def fit(self, hp, model, *args, **kwargs):
+    def fit(
+        self, hp: keras_tuner.HyperParameters, model: Distiller, *args: Any, **kwargs: Any
+    ) -> keras.callbacks.History:
         """Trains a trial's distiller; a loss that is not finite makes it a failed trial.
 
         Args:
-            hp: The trial's `keras_tuner.HyperParameters`.
+            hp: The trial's.
             model: What `build` returned.
             *args: As for `keras.Model.fit`.
             **kwargs: As for `keras.Model.fit`. `validation_data` or `validation_split` is needed.
@@ -184,14 +189,16 @@ class DistillationHyperModel(keras_tuner.HyperModel):
                 "validation_data: not given to search(), so val_accuracy can't be the objective. "
                 "Give images held out of the training, not the test set."
             )
-        callbacks = [StopOnNonFiniteLoss(), *(kwargs.pop("callbacks", None) or [])]
+        kwargs["callbacks"] = [StopOnNonFiniteLoss(), *(kwargs.get("callbacks") or [])]
         try:
-            with gradients_forgotten():
-                return model.fit(*args, callbacks=callbacks, **kwargs)
+            with clean_gradient_registry():
+                return model.fit(*args, **kwargs)
         except TrainingError as error:
             raise keras_tuner.errors.FailedTrialError(str(error)) from error
 
-    def _number(self, hp, name, given, values):
+    def _number(
+        self, hp: keras_tuner.HyperParameters, name: str, given: float, values: dict[str, Any]
+    ) -> None:
         ends = getattr(self.ranges, name)
         if ends is None:
             return
@@ -200,32 +207,33 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         value = hp.Float(name, low, high, sampling="log", default=default)
         values[name] = min(max(float(f"{value:.{_DIGITS}g}"), low), high)
 
-    def _weighting(self, hp, values):
-        given, sharpness = self._settings["weighting"], self._sharpness()
-        names = self.ranges.weighting
-        if names is None:
-            if isinstance(given, Softmax):
-                self._number(hp, "weighting_temperature", sharpness, values)
-            return
-        default = type(given).__name__.lower()
-        default = default if default in names else names[0]
-        values["weighting"] = hp.Choice("weighting", list(names), default=default)
+    def _strategy(self, hp: keras_tuner.HyperParameters, values: dict[str, Any]) -> None:
+        chosen = _name(self._settings["weighting"])
+        names: Sequence[str] = self.ranges.weighting or [chosen]
+        if self.ranges.weighting is not None:
+            default = chosen if chosen in names else names[0]
+            chosen = values["weighting"] = hp.Choice("weighting", list(names), default=default)
         if "softmax" in names:
             # Not in a conditional scope: in chiefs and workers KerasTuner prints a line for each.
-            self._number(hp, "weighting_temperature", sharpness, values)
-            if values["weighting"] != "softmax":
+            temperature = self._weighting_temperature()
+            self._number(hp, "weighting_temperature", temperature, values)
+            if chosen != "softmax":
                 values.pop("weighting_temperature", None)
 
-    def _sharpness(self):
+    def _weighting_temperature(self) -> float:
         given = self._settings["weighting"]
-        return given.temperature if isinstance(given, Softmax) else 1.0
+        return given.temperature if isinstance(given, weighting.Softmax) else 1.0
 
 
-def _sgd(learning_rate):
+def _name(strategy: weighting.Weighting) -> str:
+    return type(strategy).__name__.lower()
+
+
+def _sgd(learning_rate: float) -> SGD:
     return SGD(learning_rate, momentum=0.9, weight_decay=5e-4)
 
 
-def _accuracy():
+def _accuracy() -> list[str]:
     return ["accuracy"]
 
 

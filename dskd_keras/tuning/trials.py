@@ -9,20 +9,26 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
 import keras_tuner
 from keras_tuner.engine.base_tuner import BaseTuner
-from keras_tuner.src import config as keras_tuner_config
+from keras_tuner.engine.trial import Trial
 
-from dskd_keras import artifacts, run_folder, teacher_outputs, training
-from dskd_keras.checkpoints import CheckpointFolder
+from dskd_keras import files
 from dskd_keras.errors import InputError, TrainingError
-from dskd_keras.tuning import hparams, memory, results, workers
+from dskd_keras.experiment import run_folder, training
+from dskd_keras.experiment.cached_targets import CachedTargets
+from dskd_keras.experiment.checkpoints import CheckpointFolder
+from dskd_keras.experiment.run import Run
+from dskd_keras.tuning import hparams, keras_tuner_internals, memory, ranking, workers
+from dskd_keras.tuning.hypermodel import DistillationHyperModel
+from dskd_keras.tuning.plan import SearchPlan
 
-# Of a worker: how often it asks a chief that has nothing for it, and how often it gives a sign of
-# life while it trains.
+# Seconds of a worker: before it asks a chief again that has nothing for it, and between two signs
+# of life while it trains.
 _ASK_AGAIN = 1.0
 _SIGN_OF_LIFE = 5.0
 
@@ -36,65 +42,65 @@ class Trials(BaseTuner):
 
     A trial is a training run as `train.py` makes it, on the images that are left for training: with
     several seeds it has a run for each and their mean. It has checkpoints of its own, so one that
-    was interrupted goes on within its epoch, and one that Hyperband promotes goes on where the
-    shorter one ended, with the optimizer's state and on the same schedule.
+    was interrupted goes on within its epoch. One that Hyperband promotes goes on where the shorter
+    one ended, with the optimizer's state and on the same schedule.
 
     Args:
-        oracle: One of `oracles`.
-        hypermodel: The `DistillationHyperModel`.
-        config: The `SearchConfig`.
-        epochs: Epochs of a trial that trains to the end.
-        dataset: The `data.ImageDataset`, with validation images.
-        cached: `(views, outputs)`, `data.FixedViews` and `TeacherOutputs`; None to run the teacher
-            in every step.
-        console: A `rich.console.Console` for messages.
-        on_end: Called without arguments after each trial.
+        search: What is searched.
+        run: The configuration without the search, and its images, of which some are for validation.
+        hypermodel: Builds the distillers.
+        cached: The teacher's outputs for fixed views; None to run the teacher in every step.
     """
 
-    def __init__(self, oracle, hypermodel, config, epochs, dataset, cached, console, on_end):
-        folder = config.search_folder()
-        # Else KerasTuner prints the traceback of every failed trial, which error.txt has.
-        keras_tuner_config.DEBUG = False
+    def __init__(
+        self,
+        search: SearchPlan,
+        run: Run,
+        hypermodel: DistillationHyperModel,
+        cached: CachedTargets | None,
+    ):
+        # error.txt has them.
+        keras_tuner_internals.print_no_tracebacks()
         # Without a hypermodel for KerasTuner: it would build models to find the parameters.
-        super().__init__(oracle, directory=folder.parent, project_name=folder.name)
+        super().__init__(
+            search.oracle, directory=search.folder.parent, project_name=search.folder.name
+        )
+        self._search = search
+        self._run = run
         self._hypermodel = hypermodel
-        self._config = config
-        self._epochs = epochs
-        self._dataset = dataset
         self._cached = cached
-        self._console = console
-        self._on_end = on_end
-        self._asked = False
+        self._has_asked = False
 
-    def pre_create_trial(self):
+    def pre_create_trial(self) -> None:
         """Waits before it asks again; KerasTuner asks without end."""
-        if self._asked:
+        if self._has_asked:
             time.sleep(_ASK_AGAIN)
-        self._asked = True
+        self._has_asked = True
 
-    def on_trial_begin(self, trial):
+    def on_trial_begin(self, trial: Trial) -> None:
         """Says which values are tried."""
-        self._asked = False
+        self._has_asked = False
         values = self._hypermodel.values(trial.hyperparameters)
-        self._console.print(f"Trial {trial.trial_id}: {results.describe(values)}")
+        self._run.say(f"Trial {trial.trial_id}: {ranking.describe(values)}")
 
-    def run_trial(self, trial):
+    def run_trial(self, trial: Trial) -> dict[str, float]:
         """Trains the trial's students.
 
         Args:
-            trial: A `Trial`.
+            trial: The trial.
 
         Returns:
-            A dict with the objective, `val_accuracy`, 0 to 1.
+            The objective, `val_accuracy`, 0 to 1.
 
         Raises:
             keras_tuner.errors.FailedTrialError: The trial can't be trained; the search goes on.
             SearchEnded: No trial could: its folder can't be used, or the disk can't be written.
         """
-        folder = Path(self.get_trial_dir(trial.trial_id))
+        folder = self._search.config.trial_folder(trial.trial_id)
         try:
-            with self._sign_of_life(trial.trial_id), artifacts.disk_errors_in_one_line(folder):
-                return self._train(trial, folder)
+            with self._signs_of_life(trial.trial_id), files.disk_errors_in_one_line(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                return {"val_accuracy": self._train(trial, folder)}
         except InputError as error:
             raise SearchEnded(str(error)) from error
         except Exception as error:
@@ -103,103 +109,89 @@ class Trials(BaseTuner):
             message = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, TrainingError):
                 message = f"{type(error).__name__}: {message}"
-            artifacts.write_text(folder / "error.txt", f"{traceback.format_exc()}\n{message}\n")
+            files.write_text(folder / "error.txt", f"{traceback.format_exc()}\n{message}\n")
             raise keras_tuner.errors.FailedTrialError(message) from error
 
-    def on_trial_end(self, trial):
+    def on_trial_end(self, trial: Trial) -> None:
         """Reports the end; only then are the checkpoints no longer needed."""
         self.oracle.end_trial(trial)
         if "tuner/epochs" not in trial.hyperparameters.values:
-            for place in Path(self.get_trial_dir(trial.trial_id)).glob("seed-*"):
+            for place in self._search.config.trial_folder(trial.trial_id).glob("seed-*"):
                 CheckpointFolder(place / "checkpoints").clear()
-        self._on_end()
+        self._search.report_ended()
 
-    def save(self):
+    def save(self) -> None:
         """Does nothing: the oracle has saved itself, and there is no other state."""
 
-    def _train(self, trial, folder):
+    def _train(self, trial: Trial, folder: Path) -> float:
+        """Trains the trial's students and writes its results; returns its accuracy."""
         hp = trial.hyperparameters
-        until = hp.values.get("tuner/epochs", self._epochs)
-        config = self._config.experiment(
-            epochs=self._epochs, resume=True, **self._hypermodel.values(hp)
-        )
+        values = self._hypermodel.values(hp)
+        epochs = self._search.config.longest_trial()
+        until = hp.values.get("tuner/epochs", epochs)
+        run = self._run.replace(epochs=epochs, resume=True, **values)
+        waiting = "Waiting for another process, which is training this trial."
         runs = []
-        for seed in config.seeds:
+        for seed in run.config.seeds:
             place = folder / f"seed-{seed}"
             # Where a worker was thought dead and is not, it finishes first.
-            with run_folder.claimed("run_dir", place, self._waiting):
-                self._take_over(hp.values.get("tuner/trial_id"), place)
-                runs.append(self._train_one(config, hp, seed, place, until))
-                hparams.write_values(
-                    place / "tensorboard", trial.trial_id, self._hypermodel.values(hp)
-                )
-        accuracies = [run.history["val_accuracy"] for run in runs]
+            with run_folder.claimed("run_dir", place, run.say, waiting):
+                if "tuner/trial_id" in hp.values:
+                    self._copy_checkpoints(hp.values["tuner/trial_id"], place)
+                with memory.clean_session():
+                    runs.append(self._train_one(run, hp, seed, place, until))
+                hparams.write_values(place / "tensorboard", trial.trial_id, values)
+        accuracies = [trained.history["val_accuracy"] for trained in runs]
+        accuracy = sum(of_seed[-1] for of_seed in accuracies) / len(accuracies)
         result = {
-            "val_accuracy": sum(values[-1] for values in accuracies) / len(accuracies),
-            "best_val_accuracy": sum(max(values) for values in accuracies) / len(accuracies),
+            "val_accuracy": accuracy,
+            "best_val_accuracy": sum(max(of_seed) for of_seed in accuracies) / len(accuracies),
             "epochs": until,
             # That of earlier attempts, and of the shorter trial that it goes on with, included.
-            "seconds": sum(run.seconds for run in runs),
+            "seconds": sum(trained.seconds for trained in runs),
             "peak_memory_mib": _peak_memory(),
         }
-        values = dataclasses.replace(config, resume=False).to_yaml()
-        artifacts.write_text(folder / "config.yaml", values)
-        results.write_result(folder, result)
-        return {"val_accuracy": result["val_accuracy"]}
+        config = dataclasses.replace(run.config, resume=False)
+        files.write_text(folder / "config.yaml", config.to_yaml())
+        ranking.write_result(folder, result)
+        return accuracy
 
-    def _train_one(self, config, hp, seed, place, until):
-        with memory.freed_afterwards():
-            return self._build_and_train(config, hp, seed, place, until)
-
-    def _build_and_train(self, config, hp, seed, place, until):
+    def _train_one(
+        self, run: Run, hp: keras_tuner.HyperParameters, seed: int, place: Path, until: int
+    ) -> training.Trained:
         # A function of its own: on its return nothing refers to the distiller any more.
         keras.utils.set_random_seed(seed)
         distiller = self._hypermodel.distiller(hp)
+        batches = None
+        if self._cached is not None and distiller.teacher is not None:
+            batches = self._cached.batches(run, distiller, seed)
+        verbose = 1 if sys.stdout.isatty() else 0
         return training.train(
-            config,
-            distiller,
-            self._dataset,
-            seed,
-            place,
-            self._console,
-            batches=self._batches(config, distiller, seed),
-            until=until,
-            verbose=1 if sys.stdout.isatty() else 0,
+            run, distiller, seed, place, batches=batches, until=until, verbose=verbose
         )
 
-    def _batches(self, config, distiller, seed):
-        if self._cached is None or distiller.teacher is None:
-            return None
-        return teacher_outputs.batches(
-            *self._cached, distiller, self._dataset, config.batch_size, seed
-        )
-
-    def _take_over(self, earlier, place):
+    def _copy_checkpoints(self, shorter: str, place: Path) -> None:
         """Copies the checkpoints of the shorter trial that this one goes on with."""
         there = place / "checkpoints"
-        if earlier is None or there.exists():
-            return
-        source = Path(self.get_trial_dir(earlier)) / place.name / "checkpoints"
+        source = self._search.config.trial_folder(shorter) / place.name / "checkpoints"
         # Without them it begins anew, to the same numbers.
-        if source.is_dir():
+        if source.is_dir() and not there.exists():
             aside = place / ".checkpoints.tmp"
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(source, aside)
             aside.rename(there)
 
-    def _waiting(self):
-        self._console.print("Waiting for another process, which is training this trial.")
-
     @contextlib.contextmanager
-    def _sign_of_life(self, trial_id):
-        if not self._is_worker():
+    def _signs_of_life(self, trial_id: str) -> Iterator[None]:
+        """A context in which a worker's chief hears of it now and then."""
+        if workers.role() != "worker":
             yield
             return
         over = threading.Event()
 
-        def repeat():
+        def repeat() -> None:
             while not over.wait(_SIGN_OF_LIFE):
-                if workers.is_orphan():
+                if workers.chief_has_ended():
                     # As if it had been asked to stop: the trial's checkpoint stays.
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
@@ -215,16 +207,7 @@ class Trials(BaseTuner):
             over.set()
 
 
-def has_checkpoint(folder):
-    """Returns whether a trial has got as far as a checkpoint.
-
-    Args:
-        folder: The trial's, a `pathlib.Path`.
-    """
-    return any(CheckpointFolder(path).exist() for path in folder.glob("seed-*/checkpoints"))
-
-
-def _peak_memory():
+def _peak_memory() -> float | None:
     """Returns the most memory that this process has had so far, in MiB; None where unknown."""
     try:
         import resource

@@ -6,30 +6,32 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from pathlib import Path
+from typing import Literal
 
 import grpc
-from keras_tuner.src import protos
-from keras_tuner.src.distribute import oracle_chief, oracle_client
 
-from dskd_keras.errors import InputError, TrainingError
+from dskd_keras.errors import InputError, TrainingError, wrong
+from dskd_keras.experiment.interruption import StopRequest
+from dskd_keras.tuning import keras_tuner_internals
+from dskd_keras.tuning.oracles import DurableOracle
 
 _ADDRESS = ("KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
 _ROLE = "KERASTUNER_TUNER_ID"
 # Of the chief that started this process; without it nobody wants the results.
 _CHIEF_PID = "DSKD_KERAS_CHIEF_PID"
-_LOOK = 0.5
+# Seconds between two looks at the workers.
+_POLL = 0.5
 # Workers that died without a trial finished in between: then the reason is no single trial.
 _MOST_DEATHS_IN_A_ROW = 6
 # Exit status of a command whose input can't be used.
 _BAD_INPUT = 2
 
 
-def role():
-    """Returns this process's part by KerasTuner's environment variables.
-
-    Returns:
-        `"chief"`, `"worker"`, or None where there is no chief.
+def role() -> Literal["chief", "worker"] | None:
+    """Returns this process's part by KerasTuner's environment variables, None without a chief.
 
     Raises:
         InputError: Some of the three variables are set and others are not.
@@ -43,13 +45,14 @@ def role():
             f"{', '.join(missing)}: not set. A chief and its workers need all of "
             f"{', '.join(names)}."
         )
-    if not os.environ[_ADDRESS[1]].isdigit():
-        raise InputError(f"{_ADDRESS[1]}: {os.environ[_ADDRESS[1]]!r} should be a port's number.")
+    port = os.environ[_ADDRESS[1]]
+    if not port.isdigit():
+        raise wrong(_ADDRESS[1], port, "a port's number")
     return "chief" if "chief" in os.environ[_ROLE] else "worker"
 
 
-def find_chief(seconds):
-    """Waits for the chief, and makes it the limit of all later questions, too.
+def wait_for_chief(seconds: float) -> None:
+    """Waits for the chief, and makes that the limit of all later questions to it, too.
 
     Args:
         seconds: How long.
@@ -57,9 +60,8 @@ def find_chief(seconds):
     Raises:
         InputError: It is not there.
     """
-    address = ":".join(os.environ[name] for name in _ADDRESS)
-    # KerasTuner waits for an hour, in every question.
-    oracle_client.TIMEOUT = seconds
+    address = _address()
+    keras_tuner_internals.limit_waiting(seconds)
     with grpc.insecure_channel(address) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=seconds)
@@ -70,14 +72,14 @@ def find_chief(seconds):
             ) from None
 
 
-def is_orphan():
+def chief_has_ended() -> bool:
     """Returns whether the chief that started this process is no more."""
     started_by = os.environ.get(_CHIEF_PID)
     return started_by is not None and int(started_by) != os.getppid()
 
 
 @contextlib.contextmanager
-def chief_errors_in_one_line():
+def chief_errors_in_one_line() -> Iterator[None]:
     """Says in one line that the chief is gone."""
     try:
         yield
@@ -89,34 +91,45 @@ def chief_errors_in_one_line():
         ) from error
 
 
+def _address() -> str:
+    return ":".join(os.environ[name] for name in _ADDRESS)
+
+
 class Chief:
     """Serves an oracle to workers until the search is over.
 
     Args:
-        oracle: One of `oracles`.
+        oracle: The oracle.
         worker_timeout: Seconds without a sign of life after which a worker counts as dead.
-        console: A `rich.console.Console` for messages.
+        say: Called with messages.
         address: `HOST:PORT` to listen at; port 0 takes a free one. Defaults to KerasTuner's
             environment variables.
 
     Attributes:
+        oracle: The oracle.
+        say: As given.
         port: The port.
 
     Raises:
         InputError: It can't listen there.
     """
 
-    def __init__(self, oracle, worker_timeout, console, address=None):
-        address = address or ":".join(os.environ[name] for name in _ADDRESS)
-        self._oracle = oracle
+    def __init__(
+        self,
+        oracle: DurableOracle,
+        worker_timeout: float,
+        say: Callable[[str], object],
+        address: str | None = None,
+    ):
+        self.oracle = oracle
+        self.say = say
         self._worker_timeout = worker_timeout
-        self._console = console
-        self._servicer = oracle_chief.OracleServicer(oracle)
         # One thread, as KerasTuner has it: proposals are made one after another.
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)]
         )
-        protos.get_service_grpc().add_OracleServicer_to_server(self._servicer, self._server)
+        self._told_that_it_is_over = keras_tuner_internals.add_servicer(oracle, self._server)
+        address = address or _address()
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -126,68 +139,62 @@ class Chief:
                 f"KERASTUNER_ORACLE_PORT: can't listen at {address}. Is another chief running?"
             )
 
-    def serve(self, stop, look):
+    def serve(self, stop: StopRequest, poll: Callable[[], object]) -> None:
         """Serves until the search is over.
 
-        KerasTuner's own loop waits for ever for a worker that died.
-
         Args:
-            stop: An `interruption.StopRequest`; ends it early.
-            look: Called without arguments twice a second.
+            stop: Ends it early.
+            poll: Called twice a second.
         """
         self._server.start()
         try:
             while stop.signum is None:
-                time.sleep(_LOOK)
-                look()
-                for tuner_id in self._oracle.silent(self._worker_timeout):
-                    self.give_up(tuner_id, f"it was silent for {self._worker_timeout:g} s")
-                over = self._servicer.stop_triggered or self._oracle.failure
-                if over and self._oracle.is_over():
+                time.sleep(_POLL)
+                poll()
+                for tuner_id in self.oracle.unresponsive_workers(self._worker_timeout):
+                    self.count_as_dead(tuner_id, f"no sign of life for {self._worker_timeout:g} s")
+                over = self._told_that_it_is_over() or self.oracle.failure
+                if over and self.oracle.is_over():
                     break
-            look()
+            poll()
         finally:
-            self._server.stop(grace=_LOOK).wait()
+            self._server.stop(grace=_POLL).wait()
 
-    def give_up(self, tuner_id, reason):
+    def count_as_dead(self, tuner_id: str, reason: str) -> None:
         """Takes a worker for dead and its trial from it."""
-        trial_id = self._oracle.abandon(tuner_id, f"{tuner_id}: {reason}")
+        trial_id = self.oracle.requeue(tuner_id, f"{tuner_id}: {reason}")
         if trial_id is not None:
-            self._console.print(f"{tuner_id} is gone ({reason}): trial {trial_id} is to be redone.")
+            self.say(f"{tuner_id} is gone ({reason}): trial {trial_id} is to be redone.")
 
 
 class LocalWorkers:
     """Worker processes on this machine; one that dies is replaced.
 
     Args:
+        chief: Their chief.
         count: Number of workers.
-        command: The command line of a worker, a list.
-        chief: The `Chief`.
-        oracle: Its oracle.
+        command: The command line of a worker.
         folder: Where they write their logs, `worker-N.log`.
-        console: A `rich.console.Console` for messages.
     """
 
-    def __init__(self, count, command, chief, oracle, folder, console):
-        self._command = command
+    def __init__(self, chief: Chief, count: int, command: Sequence[str], folder: Path):
         self._chief = chief
-        self._oracle = oracle
+        self._command = command
         self._folder = folder
-        self._console = console
-        self._processes = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths = 0
         self._ended = 0
         for number in range(1, count + 1):
             self._start(f"worker-{number}")
 
-    def watch(self):
-        """Replaces workers that died.
+    def replace_dead(self) -> None:
+        """Starts another worker for each that died.
 
         Raises:
             InputError: A worker can't use its configuration, and neither could any other.
             TrainingError: Too many died.
         """
-        ended = len(self._oracle.ended())
+        ended = len(self._chief.oracle.ended())
         if ended > self._ended:
             self._ended, self._deaths = ended, 0
         for name, process in list(self._processes.items()):
@@ -197,11 +204,11 @@ class LocalWorkers:
             del self._processes[name]
             if status == 0:
                 continue
-            said = self._last_error(name)
-            if status == _BAD_INPUT and said:
-                raise InputError(said)
-            reason = signal.Signals(-status).name if status < 0 else said or f"status {status}"
-            self._chief.give_up(name, reason)
+            error = self._last_error(name)
+            if status == _BAD_INPUT and error:
+                raise InputError(error)
+            reason = signal.Signals(-status).name if status < 0 else error or f"status {status}"
+            self._chief.count_as_dead(name, reason)
             self._deaths += 1
             if self._deaths >= _MOST_DEATHS_IN_A_ROW:
                 raise TrainingError(
@@ -210,7 +217,7 @@ class LocalWorkers:
                 )
             self._start(name)
 
-    def end(self):
+    def stop(self) -> None:
         """Asks the workers to stop and waits for them; a second Ctrl-C ends them at once."""
         for process in self._processes.values():
             process.terminate()
@@ -223,7 +230,7 @@ class LocalWorkers:
                 process.wait()
             raise
 
-    def _start(self, name):
+    def _start(self, name: str) -> None:
         environment = {
             **os.environ,
             _ADDRESS[0]: "127.0.0.1",
@@ -234,18 +241,17 @@ class LocalWorkers:
         }
         with open(self._log(name), "ab") as log:
             # A session of its own: a terminal's Ctrl-C is for the chief, which tells the workers.
-            self._processes[name] = subprocess.Popen(
+            process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-        self._console.print(
-            f"Started {name} (process {self._processes[name].pid}), log: {self._log(name)}"
-        )
+        self._processes[name] = process
+        self._chief.say(f"Started {name} (process {process.pid}), log: {self._log(name)}")
 
-    def _log(self, name):
+    def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
-    def _last_error(self, name):
+    def _last_error(self, name: str) -> str | None:
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if re.match("error: ", line)]
         return errors[-1].removeprefix("error: ") if errors else None

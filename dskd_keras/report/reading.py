@@ -5,19 +5,24 @@ import dataclasses
 import io
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from dskd_keras.errors import InputError
-from dskd_keras.report.results import RunResult
+from dskd_keras.report.run_result import RunResult
 
 # In the order of tables: each adds something to the one before.
 METHODS = ("ce", "kd", "dskd")
 
 _SEED = re.compile(r"seed-(\d+)")
 _MOST_NAMED = 5
+
+# `(path, method, seed)` of a training run.
+_Place = tuple[Path, str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Confusion:
     names: tuple[str, ...]
     counts: np.ndarray
 
-    def pairs(self, most):
+    def pairs(self, most: int) -> list[tuple[str, str, int, int]]:
         """Returns the most confused pairs, `(true, predicted, count, images of the true class)`."""
         wrong = self.counts.copy()
         np.fill_diagonal(wrong, 0)
@@ -40,14 +45,9 @@ class Confusion:
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
         cells = zip(*np.unravel_index(order, wrong.shape), strict=True)
         return [
-            (
-                self.names[true],
-                self.names[predicted],
-                int(wrong[true, predicted]),
-                int(totals[true]),
-            )
+            (self.names[true], self.names[predicted], int(count), int(totals[true]))
             for true, predicted in cells
-            if wrong[true, predicted] > 0
+            if (count := wrong[true, predicted]) > 0
         ]
 
 
@@ -60,7 +60,7 @@ class SeedRun:
         method: dskd, kd or ce.
         seed: N.
         config: The fields of `config.yaml`; `{}` where it can't be read.
-        history: `[epochs]` values by column, NaN where one is missing; `epoch` counts from 1.
+        history: `[epochs]` values by column, NaN where one is missing; the first `epoch` is 1.
         result: None in an unfinished run.
         confusion: None in an unfinished run.
         problems: What couldn't be read, a sentence each.
@@ -69,20 +69,20 @@ class SeedRun:
     folder: Path
     method: str
     seed: int
-    config: dict
+    config: dict[str, Any]
     history: dict[str, np.ndarray]
     result: RunResult | None
     confusion: Confusion | None
     problems: tuple[str, ...]
 
     @property
-    def epochs(self):
-        """Number of the last epoch that is finished, from 1; 0 before it."""
+    def epochs(self) -> int:
+        """The last epoch that is finished; the first one is 1, and 0 says that none is."""
         epochs = self.history["epoch"]
         return int(epochs[-1]) if len(epochs) else 0
 
     @property
-    def state(self):
+    def state(self) -> str:
         """Says how far the run is."""
         if self.result is not None:
             return "finished"
@@ -90,18 +90,18 @@ class SeedRun:
         return f"epoch {self.epochs}{f' of {total}' if total else ''}, unfinished"
 
     @property
-    def model(self):
+    def model(self) -> str:
         """The student's name."""
         return self.result.model if self.result else str(self.config.get("student", "–"))
 
     @property
-    def dataset(self):
+    def dataset(self) -> str:
         """The data set's name, "–" where nothing tells."""
         name = self.result.dataset if self.result else None
         return Path(name or str(self.config.get("dataset") or "–")).name
 
     @property
-    def accuracy(self):
+    def accuracy(self) -> float | None:
         """Accuracy after the last finished epoch, 0 to 1; None before it."""
         if self.result is not None:
             return self.result.test_accuracy
@@ -109,7 +109,7 @@ class SeedRun:
         values = values[np.isfinite(values)]
         return float(values[-1]) if len(values) else None
 
-    def layers(self, quantity):
+    def layers(self, quantity: str) -> dict[str, np.ndarray]:
         """Returns `{layer: values}` of the columns `QUANTITY/LAYER`, shallow layers first."""
         columns = {
             name.partition("/")[2]: values
@@ -137,16 +137,16 @@ class Run:
     folder: Path
     seeds: tuple[SeedRun, ...]
 
-    def by_method(self):
+    def by_method(self) -> dict[str, list[SeedRun]]:
         """Returns `{method: [SeedRun]}`, in the order of tables."""
-        groups = {}
+        groups: dict[str, list[SeedRun]] = {}
         for seed in self.seeds:
             groups.setdefault(seed.method, []).append(seed)
         return groups
 
-    def teachers(self):
+    def teachers(self) -> list[RunResult]:
         """Returns the `RunResult` of each teacher; a student's run repeats its own."""
-        groups = {}
+        groups: dict[tuple[Any, ...], list[RunResult]] = {}
         for seed in self.seeds:
             if seed.result is None or not seed.result.teacher:
                 continue
@@ -168,11 +168,11 @@ class Run:
         ]
 
 
-def read_runs(run_dirs):
+def read_runs(run_dirs: str | Path | Iterable[str | Path]) -> list[Run]:
     """Reads run folders.
 
     Args:
-        run_dirs: Paths.
+        run_dirs: Their paths, or one path.
 
     Returns:
         A `Run` for each.
@@ -180,8 +180,8 @@ def read_runs(run_dirs):
     Raises:
         InputError: A path is no run folder.
     """
-    by_folder = {}
-    for run_dir in map(Path, run_dirs):
+    by_folder: dict[Path, Path] = {}
+    for run_dir in map(Path, [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs):
         by_folder.setdefault(run_dir.resolve(), run_dir)
     if not by_folder:
         raise InputError("run_dir: none given. Give one or more run folders, such as runs/PAIR.")
@@ -194,7 +194,7 @@ def read_runs(run_dirs):
     ]
 
 
-def _names(folders):
+def _names(folders: Sequence[Path]) -> list[str]:
     """Returns the shortest ends of the paths that differ."""
     ends = []
     for folder in folders:
@@ -207,8 +207,8 @@ def _names(folders):
     return ends
 
 
-def _seed_folders(folder):
-    """Returns `(path, method, seed)` of the runs in a folder.
+def _seed_folders(folder: Path) -> list[_Place]:
+    """Returns the training runs in a folder.
 
     Raises:
         InputError: There is none; the message says which folder was meant.
@@ -237,10 +237,10 @@ def _seed_folders(folder):
     )
 
 
-def _seeds_in(folder):
-    found = []
+def _seeds_in(folder: Path) -> list[_Place]:
+    found: list[_Place] = []
     for method in METHODS:
-        paths = (folder / method).iterdir() if (folder / method).is_dir() else ()
+        paths = list((folder / method).iterdir()) if (folder / method).is_dir() else []
         seeds = [
             (path, method, int(match[1]))
             for path in paths
@@ -250,27 +250,28 @@ def _seeds_in(folder):
     return found
 
 
-def _runs_in(folder):
+def _runs_in(folder: Path) -> list[Path]:
     try:
         return [path for path in sorted(folder.iterdir()) if path.is_dir() and _seeds_in(path)]
     except OSError:
         return []
 
 
-def _described(folders):
+def _described(folders: Sequence[Path]) -> str:
     more = f" and {len(folders) - _MOST_NAMED} more" if len(folders) > _MOST_NAMED else ""
     return ", ".join(f"'{folder}'" for folder in folders[:_MOST_NAMED]) + more
 
 
-def _read_seed(folder, method, seed):
+def _read_seed(folder: Path, method: str, seed: int) -> SeedRun:
     problems = []
-    parts = {}
-    for name, read, otherwise in (
+    parts: dict[str, Any] = {}
+    readers: tuple[tuple[str, Callable[[Path], Any], Any], ...] = (
         ("config.yaml", _read_config, {}),
         ("history.csv", _read_history, {"epoch": np.empty(0)}),
         ("metrics.json", RunResult.read, None),
         ("confusion.csv", _read_confusion, None),
-    ):
+    )
+    for name, read, otherwise in readers:
         parts[name] = otherwise
         if (folder / name).exists():
             try:
@@ -289,15 +290,18 @@ def _read_seed(folder, method, seed):
     )
 
 
-def _read_config(path):
+def _read_config(path: Path) -> dict[str, Any]:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError("not a mapping")
     return config
 
 
-def _read_history(path):
-    """Returns the columns of a history.csv; its last line may be cut off."""
+def _read_history(path: Path) -> dict[str, np.ndarray]:
+    """Returns the columns of a history.csv; its last line may be cut off.
+
+    The first epoch is 1; files of older versions, where it is 0, are read as if it were.
+    """
     text = path.read_bytes().decode("utf-8", errors="replace")
     # A line without its end may be cut within a number, which would still be read as one.
     lines = text[: text.rfind("\n") + 1]
@@ -313,18 +317,19 @@ def _read_history(path):
             by_epoch[values["epoch"]] = values
     ordered = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     history = {name: np.array([row[name] for row in ordered], dtype=float) for name in header}
-    history["epoch"] = history["epoch"] + 1
+    if ordered and ordered[0]["epoch"] == 0:
+        history["epoch"] += 1
     return history
 
 
-def _number(text):
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return float("nan")
 
 
-def _read_confusion(path):
+def _read_confusion(path: Path) -> Confusion:
     with open(path, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     counts = np.array([[int(value) for value in row[1:]] for row in rows])

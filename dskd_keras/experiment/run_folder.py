@@ -2,29 +2,31 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import filelock
 import yaml
 
-from dskd_keras import artifacts, report
+from dskd_keras import files
 from dskd_keras.errors import InputError
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.report.run_result import RunResult
 
 # Fields that say where things are, which runs to make and what to leave; the rest shapes the
 # numbers of a run.
 _NO_NUMBERS = (
     "pair", "data_dir", "run_dir", "teacher_dir", "seeds", "export", "resume", "checkpoint_steps",
 )  # fmt: skip
-
-
 # What a run did that was made before a field was there.
 _BEFORE = {"dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32"}
+# Seconds between two looks at a lock that is waited for.
+_LOOK = 0.5
 
 
-def finished_result(config, folder):
-    """Returns the `report.RunResult` of a finished run, None where there is none.
-
-    Args:
-        config: The `ExperimentConfig` that is to be run.
-        folder: The run's folder, a `pathlib.Path`, which need not exist.
+def finished_result(config: ExperimentConfig, folder: Path) -> RunResult | None:
+    """Returns the result of a finished run, None where there is none; nor need the folder exist.
 
     Raises:
         InputError: The folder holds a run of another configuration; all differences are listed.
@@ -32,19 +34,11 @@ def finished_result(config, folder):
     metrics = folder / "metrics.json"
     if not check_configuration(config, folder, _NO_NUMBERS) or not metrics.exists():
         return None
-    return report.RunResult.read(metrics)
+    return RunResult.read(metrics)
 
 
-def check_configuration(config, folder, may_differ):
-    """Compares a configuration with the `config.yaml` of a folder.
-
-    Args:
-        config: The configuration that is to be run, a dataclass.
-        folder: A `pathlib.Path`, which need not exist.
-        may_differ: Names of the fields that don't count.
-
-    Returns:
-        Whether there is one.
+def check_configuration(config: ExperimentConfig, folder: Path, may_differ: Container[str]) -> bool:
+    """Compares a configuration with the `config.yaml` of a folder; returns whether there is one.
 
     Raises:
         InputError: It is of another configuration; all differences are listed.
@@ -74,9 +68,9 @@ def check_configuration(config, folder, may_differ):
     return True
 
 
-def _flat(values):
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a dict without dicts inside: `outer.inner` are the keys of what they held."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": part for inner, part in _flat(value).items()}
@@ -86,41 +80,59 @@ def _flat(values):
 
 
 @contextlib.contextmanager
-def claimed(field, folder, waiting=None):
-    """Makes a folder this process's own, so that no other one trains into it.
+def claimed(
+    field: str,
+    folder: Path,
+    say: Callable[[str], object],
+    waiting: str | None = None,
+) -> Iterator[None]:
+    """Makes a folder this process's own, so that no other one writes into it.
 
-    Args:
-        field: The setting that named the folder, for errors.
-        folder: The run's folder, a `pathlib.Path`; it is made.
-        waiting: Called without arguments if another process has to be waited for. Defaults to not
-            waiting.
+    The folder is made. The lock is a file beside it, `.NAME.lock`, which stays there; a process
+    that dies lets go of it. Where `waiting` is given, it is said before another process is waited
+    for.
 
     Raises:
-        InputError: It can't be written, or another process works there.
+        InputError: It can't be written, or another process has it and is not waited for.
     """
-    artifacts.check_writable(field, folder)
-    with artifacts.locked(field, folder, waiting):
+    files.check_writable(field, folder)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            if waiting is None:
+                raise InputError(
+                    f"{field}: another process is working in '{folder}'. Wait for it, or choose "
+                    f"another --{field}."
+                ) from None
+            say(waiting)
+            lock.acquire(poll_interval=_LOOK)
+    except (OSError, NotImplementedError) as error:
+        say(
+            f"'{lock.lock_file}' can't be locked ({error}): make sure that no other process works "
+            f"in '{folder}'."
+        )
+    try:
         for place in (folder, folder / "checkpoints"):
-            artifacts.remove_leftovers(place)
+            files.remove_leftovers(place)
         yield
+    finally:
+        lock.release()
 
 
-def set_aside(folder):
+def set_aside(folder: Path, say: Callable[[str], object]) -> None:
     """Moves what an interrupted run left into a folder beside it, so that nothing is lost.
 
-    Args:
-        folder: The run's folder, claimed.
-
-    Returns:
-        `folder.unfinished-1`, or the next free number; None where there was nothing to move.
+    That is `folder.unfinished-1`, or the next free number. The folder has to be claimed.
     """
     left = list(folder.iterdir())
     if not left:
-        return None
+        return
     attempt = 1
     while (aside := folder.with_name(f"{folder.name}.unfinished-{attempt}")).exists():
         attempt += 1
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)
-    return aside
+    say(f"What was interrupted is set aside: {aside} (--resume would have gone on).")

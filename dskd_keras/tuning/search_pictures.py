@@ -1,22 +1,23 @@
 """Pictures of a search: accuracy over each parameter, and over the trials."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dskd_keras.report import drawing
-from dskd_keras.tuning import results
+from dskd_keras import drawing
+from dskd_keras.tuning import ranking
+from dskd_keras.tuning.ranking import TrialResult
 
-_BLUE, _ORANGE = "#0072b2", "#d55e00"
 _COLUMNS = 3
 # Beside one another the names of choices take more room than points.
 _MOST_LETTERS = 22
 
 
-def parameters(rows):
+def parameters(rows: Sequence[TrialResult]) -> bytes | None:
     """Draws the accuracy of all trials over each parameter.
 
     Args:
-        rows: What `results.collect` returned.
+        rows: What `ranking.collect` returned.
 
     Returns:
         The PNG; None if no trial succeeded.
@@ -24,7 +25,7 @@ def parameters(rows):
     rows = [row for row in rows if row.val_accuracy is not None]
     if not rows:
         return None
-    names = results.names(rows)
+    names = ranking.names(rows)
     height = -(-len(names) // _COLUMNS)
     figure = drawing.new_figure(9.2, 0.5 + 2.4 * height)
     grid = figure.add_gridspec(height, min(_COLUMNS, len(names)))
@@ -37,35 +38,36 @@ def parameters(rows):
         values = [row.values[name] for row in known]
         if isinstance(values[0], float):
             axes.set_xscale("log")
-            _log_ticks(axes, min(values), max(values))
+            _log_axis(axes, min(values), max(values))
             places = values
         else:
-            places = _choices(axes, [results.format_value(value) for value in values])
-        accuracies = [100 * row.val_accuracy for row in known]
+            places = _choices(axes, [ranking.format_value(value) for value in values])
+        accuracies = [100 * (row.val_accuracy or 0) for row in known]
         # The best trial is the first row.
-        axes.scatter(places, accuracies, s=26, color=_BLUE, alpha=0.75, linewidths=0, zorder=3)
+        axes.scatter(
+            places, accuracies, s=26, color=drawing.BLUE, alpha=0.75, linewidths=0, zorder=3
+        )
         if known[0] is rows[0]:
             axes.scatter(
-                places[:1], accuracies[:1], s=90, facecolors="none", edgecolors=_ORANGE,
+                places[:1], accuracies[:1], s=90, facecolors="none", edgecolors=drawing.VERMILLION,
                 linewidths=2, zorder=4,
             )  # fmt: skip
-        axes.set_xlabel(name.replace("_", " "), fontsize=drawing.SIZE, color=drawing.INK)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.locator_params(axis="y", nbins=5)
         axes.margins(y=0.1)
-        if index % _COLUMNS == 0:
-            axes.set_ylabel("validation\naccuracy (%)", fontsize=drawing.SIZE, color=drawing.INK)
+        label = "" if index % _COLUMNS else "validation\naccuracy (%)"
+        drawing.name_axes(axes, x=name.replace("_", " "), y=label)
     figure.suptitle(
         f"{len(rows)} trials; the best is circled", x=0.01, ha="left",
         fontsize=drawing.SIZE, color=drawing.INK,
     )  # fmt: skip
-    return drawing.to_png(figure)
+    return drawing.to_bytes(figure)
 
 
-def progress(rows):
+def progress(rows: Sequence[TrialResult]) -> bytes | None:
     """Draws the accuracy of the trials in their order, and the best so far.
 
     Args:
-        rows: What `results.collect` returned.
+        rows: What `ranking.collect` returned.
 
     Returns:
         The PNG; None if no trial succeeded.
@@ -78,39 +80,38 @@ def progress(rows):
     axes = figure.add_subplot()
     drawing.style(axes)
     places = [int(row.trial) for row in done]
-    accuracies = np.array([100 * row.val_accuracy for row in done])
+    accuracies = np.array([100 * (row.val_accuracy or 0) for row in done])
     axes.step(
-        places, np.maximum.accumulate(accuracies), where="post", color=_ORANGE, linewidth=1.8,
-        label="best so far", zorder=2,
+        places, np.maximum.accumulate(accuracies), where="post", color=drawing.VERMILLION,
+        linewidth=1.8, label="best so far", zorder=2,
     )  # fmt: skip
     epochs = np.array([row.epochs or 0 for row in done], dtype=float)
     # Hyperband's trials differ in their length.
     sizes = 26 if np.ptp(epochs) == 0 else 14 + 60 * epochs / epochs.max()
     label = "a trial" if np.ptp(epochs) == 0 else "a trial (larger: more epochs)"
-    axes.scatter(places, accuracies, s=sizes, color=_BLUE, linewidths=0, label=label, zorder=3)
+    axes.scatter(
+        places, accuracies, s=sizes, color=drawing.BLUE, linewidths=0, label=label, zorder=3
+    )
     failed = [int(row.trial) for row in rows if row.val_accuracy is None]
     if failed:
         low = axes.get_ylim()[0]
         axes.scatter(failed, [low] * len(failed), marker="x", color=drawing.INK, label="failed")
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("trial", fontsize=drawing.SIZE, color=drawing.INK)
-    axes.set_ylabel("validation accuracy (%)", fontsize=drawing.SIZE, color=drawing.INK)
+    axes.locator_params(axis="x", nbins=12, integer=True)
+    axes.locator_params(axis="y", nbins=6)
+    drawing.name_axes(axes, x="trial", y="validation accuracy (%)")
     drawing.legend(figure, axes.get_legend_handles_labels()[0], columns=3)
-    return drawing.to_png(figure)
+    return drawing.to_bytes(figure)
 
 
-def _log_ticks(axes, low, high):
+def _log_axis(axes: drawing.Axes, low: float, high: float) -> None:
     low, high = (low / 1.1, high * 1.1) if low == high else (low, high)
     room = (high / low) ** 0.1
     axes.set_xlim(low / room, high * room)
-    decades = np.log10(high / low)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    drawing.log_ticks(axes.xaxis, low, high, most=1.5)
 
 
-def _choices(axes, texts):
+def _choices(axes: drawing.Axes, texts: Sequence[str]) -> list[int]:
+    """Gives each text a place of its own, and returns the places."""
     choices = sorted(set(texts))
     axes.set_xlim(-0.6, len(choices) - 0.4)
     axes.set_xticks(

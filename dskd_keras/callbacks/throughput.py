@@ -1,38 +1,13 @@
-"""What a run shows while it trains, and how fast it is."""
+"""How fast a training is."""
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
-
-class ProgressLine(keras.callbacks.ProgbarLogger):
-    """Keras's progress bar without the values of single layers, which `History` and the logs hold.
-
-    `Distiller.fit` puts it in the place of the plain one.
-    """
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Updates the bar."""
-        super().on_train_batch_end(batch, _without_layers(logs))
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Ends the epoch's bar."""
-        super().on_epoch_end(epoch, _without_layers(logs))
-
-
-def _without_layers(logs):
-    return {name: value for name, value in (logs or {}).items() if "/" not in name}
-
-
-def last_step(callback, batch):
-    """Returns the number in its epoch of the step that just ended, from 0.
-
-    With `steps_per_execution` Keras counts the last steps of an epoch as if there were enough of
-    them to run together.
-    """
-    steps = (callback.params or {}).get("steps")
-    return batch if steps is None else min(batch, steps - 1)
+from dskd_keras.progress import last_step
 
 
 class Throughput(keras.callbacks.Callback):
@@ -54,32 +29,32 @@ class Throughput(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, images_per_step):
+    def __init__(self, images_per_step: float) -> None:
         super().__init__()
         self._images_per_step = images_per_step
         self._compiled = False
         self._start = self._end = 0.0
         self._first_step = self._steps = 0
-        self._rates = []
+        self._rates: list[float] = []
 
     @property
-    def images_per_second(self):
+    def images_per_second(self) -> float | None:
         """Median over the epochs so far; None before the end of an epoch with a second step."""
         return statistics.median(self._rates) if self._rates else None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Starts the clock."""
         self._first_step = self._steps = 0
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Reads the clock. Keras has waited for the step by now: the logs are Python's floats."""
         self._end, self._steps = time.perf_counter(), last_step(self, batch) + 1
         if not self._compiled:
             self._compiled = True
             self._start, self._first_step = self._end, self._steps
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Notes the epoch's rate, up to its last step: evaluation came after that."""
         steps = self._steps - self._first_step
         if steps:

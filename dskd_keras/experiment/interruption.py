@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -11,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
         signum: The signal that asked.
     """
 
-    def __init__(self, signum):
+    def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
@@ -29,23 +31,23 @@ class StopRequest:
         signum: The signal received, None before.
     """
 
-    def __init__(self, announce):
-        self.signum = None
+    def __init__(self, announce: Callable[[], object]):
+        self.signum: int | None = None
         self._announce = announce
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._previous[signum] = signal.signal(signum, self._receive)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
 
-    def _receive(self, signum, _):
+    def _receive(self, signum: int, _: object) -> None:
         if self.signum is not None:
             raise Interrupted(signum)
         self.signum = signum

@@ -9,14 +9,19 @@ import io
 import json
 import re
 import shutil
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
 
-from dskd_keras import artifacts
+from dskd_keras import files
+from dskd_keras.data import EvaluationBatches
+from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError, TrainingError
-from dskd_keras.interruption import Interrupted
+from dskd_keras.experiment.interruption import Interrupted, StopRequest
+from dskd_keras.progress import Place, last_step, steps_before
 
 # The newest, and the one before it in case the newest is damaged.
 _KEPT = 2
@@ -25,25 +30,22 @@ _NAME = re.compile(r"step-(\d+)\.([0-9a-f]{32})\.npz")
 
 
 class Checkpoint(NamedTuple):
-    """A training run at one moment.
+    """A training run at one moment; the notes are what JSON can hold."""
 
-    Attributes:
-        epoch: Epochs that are finished.
-        step: Steps of the next epoch that are finished.
-        variables: Values of the distiller's variables, the frozen teacher's left out.
-        optimizer: Values of the optimizer's variables.
-        metrics: Values of the metrics' variables; empty between epochs.
-        best: Weights of the student after its best epoch; empty where none is kept.
-        notes: What else is to be known, a dict that JSON can hold.
-    """
-
-    epoch: int
-    step: int
-    variables: list
-    optimizer: list
-    metrics: list
-    best: list
+    place: Place
+    variables: list[np.ndarray]  # the distiller's, without the frozen teacher's
+    optimizer: list[np.ndarray]
+    metrics: list[np.ndarray]  # empty between epochs
+    best: list[np.ndarray]  # the student's weights after its best epoch
     notes: dict[str, Any]
+
+
+class Record(Protocol):
+    """What a checkpoint holds beside the model."""
+
+    def snapshot(self) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """Returns `best` and `notes` of a `Checkpoint`."""
+        ...
 
 
 class CheckpointFolder:
@@ -52,55 +54,38 @@ class CheckpointFolder:
     A checkpoint is an `.npz` file whose name holds the number of steps done and the BLAKE2b
     checksum (128 bits) of its content. It is written aside and renamed, so a file under this name
     is whole unless it was damaged later, which the checksum shows.
-
-    Args:
-        path: The folder, a `pathlib.Path`. It is made when the first checkpoint is saved.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
 
-    def save(self, steps, checkpoint):
-        """Writes a checkpoint, then removes all but the newest two.
-
-        Args:
-            steps: Steps of the whole training that are done: the order of the checkpoints.
-            checkpoint: A `Checkpoint`.
-
-        Raises:
-            OSError: It can't be written; those that were there remain.
-        """
+    def save(self, steps: int, checkpoint: Checkpoint) -> None:
+        """Writes the checkpoint after so many steps, then removes all but the newest two."""
         arrays = {}
         for field in ("variables", "optimizer", "metrics", "best"):
             for index, value in enumerate(getattr(checkpoint, field)):
                 # NumPy's file format doesn't know bfloat16.
                 value = value.view(f"u{value.itemsize}") if value.dtype.kind == "V" else value
                 arrays[f"{field}_{index:05d}"] = value
-        notes = {"epoch": checkpoint.epoch, "step": checkpoint.step, **checkpoint.notes}
+        notes = checkpoint.place._asdict() | checkpoint.notes
         file = io.BytesIO()
         np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8), **arrays)
         content = file.getvalue()
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step-{steps:09d}.{_checksum(content)}.npz"
-        artifacts.write_bytes(path, content)
+        files.write_bytes(path, content)
         for older in self._newest_first()[_KEPT:]:
             older.unlink()
 
-    def newest(self, say):
-        """Returns the newest whole `Checkpoint`, or None.
-
-        Damaged ones are renamed, so that they don't count among the newest two.
-
-        Args:
-            say: Called with a line about each that can't be used.
-        """
+    def newest(self, say: Callable[[str], object]) -> Checkpoint | None:
+        """Returns the newest whole checkpoint, and renames damaged ones: they don't count."""
         for path in self._newest_first():
             try:
                 content = path.read_bytes()
             except OSError as error:
                 say(f"Can't read the checkpoint '{path}': {error.strerror}. Passing it over.")
                 continue
-            if _checksum(content) != _NAME.fullmatch(path.name)[2]:
+            if _checksum(content) != path.name.split(".")[1]:
                 aside = path.with_name(path.name + _DAMAGED)
                 path.rename(aside)
                 say(f"A checkpoint is damaged and passed over: '{aside}'.")
@@ -111,20 +96,21 @@ class CheckpointFolder:
                     field: [arrays[name] for name in sorted(arrays) if name.startswith(f"{field}_")]
                     for field in ("variables", "optimizer", "metrics", "best")
                 }
-            return Checkpoint(notes.pop("epoch"), notes.pop("step"), notes=notes, **values)
+            place = Place(notes.pop("epoch"), notes.pop("step"))
+            return Checkpoint(place, notes=notes, **values)
         return None
 
-    def exist(self):
+    def exist(self) -> bool:
         """Returns whether there are any, whole or damaged."""
         return self.path.is_dir() and any(
             _NAME.fullmatch(path.name.removesuffix(_DAMAGED)) for path in self.path.iterdir()
         )
 
-    def clear(self):
+    def clear(self) -> None:
         """Removes all checkpoints: the training is over and what came of it is saved."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _newest_first(self):
+    def _newest_first(self) -> list[Path]:
         if not self.path.is_dir():
             return []
         found = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
@@ -139,72 +125,75 @@ class Checkpointer(keras.callbacks.Callback):
 
     It has to be the last callback: what it saves includes what the others hold.
 
-    Args:
-        folder: A `CheckpointFolder`.
-        every: Steps between two checkpoints within an epoch.
-        steps_per_epoch: Steps of a whole epoch.
-        stop: An `interruption.StopRequest`.
-        held_elsewhere: Called without arguments, returns `(best, notes)` of the `Checkpoint`.
-
     Raises:
         Interrupted: After a step at which the training was asked to stop, and its checkpoint.
         TrainingError: A weight is not finite; the checkpoints from before remain.
     """
 
-    def __init__(self, folder, every, steps_per_epoch, stop, held_elsewhere):
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        every: int,
+        steps_per_epoch: int,
+        stop: StopRequest,
+        record: Record,
+    ):
         super().__init__()
         self._folder = folder
         self._every = every
         self._steps_per_epoch = steps_per_epoch
         self._stop = stop
-        self._held_elsewhere = held_elsewhere
-        self._restored = None
+        self._record = record
+        self._restored: Checkpoint | None = None
         self._epoch = 0
-        self._first_step = 0
 
-    def restore(self, distiller, checkpoint, batches):
+    def restore(
+        self, distiller: Distiller, checkpoint: Checkpoint, batches: EvaluationBatches
+    ) -> None:
         """Sets a compiled distiller to where the checkpoint left it.
-
-        Args:
-            distiller: The `Distiller`, compiled as before.
-            checkpoint: A `Checkpoint`.
-            batches: Evaluation batches; one of them builds the metrics.
 
         Raises:
             InputError: The checkpoint is of another model.
         """
         distiller.optimizer.build(distiller.trainable_variables)
-        if checkpoint.step:
+        if checkpoint.place.step:
             # Keras builds compiled metrics on the first batch; `evaluate` changes nothing else.
             distiller.evaluate(batches, steps=1, verbose=0)
-        self._assign(distiller.variables, checkpoint.variables)
-        self._assign(distiller.optimizer.variables, checkpoint.optimizer)
+        _assign(distiller.variables, checkpoint.variables)
+        _assign(distiller.optimizer.variables, checkpoint.optimizer)
         # `fit` sets the metrics to zero before its first epoch begins.
-        self._restored = checkpoint if checkpoint.step else None
+        self._restored = checkpoint if checkpoint.place.step else None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Restores the metrics where training goes on within an epoch."""
-        self._epoch, self._first_step = epoch, 0
+        self._epoch = epoch
         if self._restored is not None:
-            self._assign(self.model.metrics_variables, self._restored.metrics)
-            self._first_step = self._restored.step
+            _assign(self.model.metrics_variables, self._restored.metrics)
             self._restored = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves where the number of steps says so, or a stop was asked for."""
-        step = self._first_step + batch + 1
+        place = self.place_after(batch)
         # The end of the epoch's last step is the end of the epoch, evaluation included.
-        if step == self._steps_per_epoch:
+        if place.step == self._steps_per_epoch:
             return
-        steps = self._epoch * self._steps_per_epoch + step
-        if self._stop.signum is not None or steps % self._every == 0:
-            self._save(self._epoch, step)
+        if self._stop.signum is not None or self.steps(place) % self._every == 0:
+            self._save(place)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves."""
-        self._save(epoch + 1, 0)
+        self._save(Place(epoch + 1))
 
-    def _save(self, epoch, step):
+    def place_after(self, batch: int) -> Place:
+        """Returns where the training stands after a batch, as `fit` counts the batches."""
+        step = steps_before(self, self._epoch) + last_step(self, batch) + 1
+        return Place(self._epoch, step)
+
+    def steps(self, place: Place) -> int:
+        """Returns how many steps of the whole training are done at a place."""
+        return place.epoch * self._steps_per_epoch + place.step
+
+    def _save(self, place: Place) -> None:
         if keras.backend.backend() == "jax":
             self.model.jax_state_sync()
         # The teacher is no layer of the distiller, so it is not among them.
@@ -213,40 +202,39 @@ class Checkpointer(keras.callbacks.Callback):
         for variable, value in zip(variables, values, strict=True):
             if value.dtype.kind in "fV" and not np.isfinite(value).all():
                 raise TrainingError(
-                    f"epoch {self._epoch + 1}, step {step or self._steps_per_epoch}: "
+                    f"epoch {self._epoch + 1}, step {place.step or self._steps_per_epoch}: "
                     f"'{variable.path}' is no longer finite. Lower the learning_rate, in another "
                     "run_dir."
                 )
-        best, notes = self._held_elsewhere()
+        best, notes = self._record.snapshot()
         checkpoint = Checkpoint(
-            epoch,
-            step,
+            place,
             values,
             _values(self.model.optimizer.variables),
-            _values(self.model.metrics_variables) if step else [],
+            _values(self.model.metrics_variables) if place.step else [],
             best,
             notes,
         )
-        self._folder.save(epoch * self._steps_per_epoch + step, checkpoint)
+        self._folder.save(self.steps(place), checkpoint)
         if self._stop.signum is not None:
             raise Interrupted(self._stop.signum)
 
-    @staticmethod
-    def _assign(variables, values):
-        present = _values(variables)
-        if [value.shape for value in present] != [value.shape for value in values]:
-            raise InputError(
-                f"resume: the checkpoint holds {len(values)} arrays of other shapes than the "
-                f"{len(present)} of this run. It was written by another version: choose another "
-                "run_dir."
-            )
-        for variable, now, value in zip(variables, present, values, strict=True):
-            variable.assign(value.view(now.dtype) if now.dtype.kind == "V" else value)
+
+def _assign(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
+    present = _values(variables)
+    if [value.shape for value in present] != [value.shape for value in values]:
+        raise InputError(
+            f"resume: the checkpoint holds {len(values)} arrays of other shapes than the "
+            f"{len(present)} of this run. It was written by another version: choose another "
+            "run_dir."
+        )
+    for variable, now, value in zip(variables, present, values, strict=True):
+        variable.assign(value.view(now.dtype) if now.dtype.kind == "V" else value)
 
 
-def _values(variables):
+def _values(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
-def _checksum(content):
+def _checksum(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()

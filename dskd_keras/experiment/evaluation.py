@@ -1,36 +1,32 @@
-"""What a trained model does on the test set, and how long it takes."""
+"""What a trained model does on the test set, how long it takes, and what computed it."""
 
+import importlib.metadata
 import statistics
 import time
+from typing import Any
 
 import keras
 import numpy as np
 
-from dskd_keras.training import evaluation_batches
+from dskd_keras.data import ImageDataset
+from dskd_keras.distiller import Distiller
+from dskd_keras.experiment.training import evaluation_batches
 
 _LATENCY_REPETITIONS = 20
 
 
-def predicted_logits(model, dataset):
-    """Returns the logits of a model for the test images.
-
-    Args:
-        model: A model with logits `[B, C]`.
-        dataset: A `data.Dataset` of N test images.
-
-    Returns:
-        float array `[N, C]`.
-    """
+def predicted_logits(model: keras.Model, dataset: ImageDataset) -> np.ndarray:
+    """Returns the logits of a model for the N test images, float `[N, C]`."""
     return model.predict(evaluation_batches(dataset, "test"), verbose=0)
 
 
-def predicted_classes(model, dataset):
-    """Returns the classes that a model predicts for the test images, int array `[N]`."""
+def predicted_classes(model: keras.Model, dataset: ImageDataset) -> np.ndarray:
+    """Returns the classes that a model predicts for the test images, int `[N]`."""
     return np.argmax(predicted_logits(model, dataset), axis=-1)
 
 
-def head_accuracies(distiller, dataset):
-    """Returns the test accuracy, 0 to 1, of every auxiliary head, a dict by layer name."""
+def head_accuracies(distiller: Distiller, dataset: ImageDataset) -> dict[str, float]:
+    """Returns the test accuracy, 0 to 1, of every auxiliary head by layer name."""
     heads = distiller.student_with_heads
     deep_logits = heads.output.deep_logits
     if not deep_logits:
@@ -43,19 +39,12 @@ def head_accuracies(distiller, dataset):
     }
 
 
-def accuracy(classes, dataset):
+def accuracy(classes: np.ndarray, dataset: ImageDataset) -> float:
     """Returns the share of test images, 0 to 1, whose predicted class is right."""
     return float(np.mean(classes == dataset.y_test))
 
 
-def confusion(classes, dataset):
-    """Returns how many test images of each class (row) were taken for each (column): `[C, C]`."""
-    counts = np.zeros((dataset.num_classes, dataset.num_classes), np.int64)
-    np.add.at(counts, (dataset.y_test, classes), 1)
-    return counts
-
-
-def latency_ms(model):
+def latency_ms(model: keras.Model) -> float:
     """Returns the median time of predicting one image, in milliseconds.
 
     `predict_on_batch` is timed: the compiled model with what Keras and the copy of the image to the
@@ -71,6 +60,21 @@ def latency_ms(model):
     return 1000 * statistics.median(times)
 
 
-def weight_bytes(model):
+def weight_bytes(model: keras.Model) -> int:
     """Returns the size of a model's weights in bytes."""
     return sum(keras.ops.convert_to_numpy(weight).nbytes for weight in model.weights)
+
+
+def parameters(model: keras.Model) -> int:
+    """Returns the number of a model's trainable parameters."""
+    return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+
+def software() -> dict[str, Any]:
+    """Returns the backend and the versions of what computes, fields of `RunResult`."""
+    backend = keras.backend.backend()
+    names = ("keras", backend, "numpy")
+    return {
+        "backend": backend,
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }

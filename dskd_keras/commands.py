@@ -1,0 +1,120 @@
+"""The three commands: they read their flags, do their work, and say in one line what went wrong."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from dskd_keras import startup
+from dskd_keras.errors import InputError, TrainingError, missing_package
+from dskd_keras.experiment.config import ExperimentConfig
+
+Config = TypeVar("Config", bound=ExperimentConfig)
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Trains a student, and the teacher if there is none: `train.py`, `dskd-train`.
+
+    Args:
+        argv: The command's arguments. Defaults to those of this process.
+
+    Returns:
+        The exit status: 0, 1 for a run that failed, 2 for a wrong input, 128 and more for a signal.
+    """
+
+    def work(config: ExperimentConfig, argv: Sequence[str]) -> None:
+        from dskd_keras.experiment import pipeline
+
+        pipeline.run(config, command=_command_line("train", argv))
+
+    return _run("train", ExperimentConfig, argv, work)
+
+
+def tune(argv: Sequence[str] | None = None) -> int:
+    """Searches the settings of a distillation: `tune.py`, `dskd-tune`.
+
+    Args:
+        argv: The command's arguments. Defaults to those of this process.
+
+    Returns:
+        The exit status, as that of `train`.
+    """
+    from dskd_keras.tuning.config import SearchConfig
+
+    def work(config: SearchConfig, argv: Sequence[str]) -> None:
+        try:
+            from dskd_keras.tuning import search
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("keras_tuner", "grpc", "six"):
+                raise
+            raise missing_package("tune", str(error.name), "tune") from None
+        # A module beside the package, in a clone as in an installation.
+        commands = Path(__file__).parent.parent / "dskd_commands.py"
+        worker = [sys.executable, str(commands), "tune", *argv]
+        search.run(config, command=_command_line("tune", argv), worker_command=worker)
+
+    return _run("tune", SearchConfig, argv, work)
+
+
+def report(argv: Sequence[str] | None = None) -> int:
+    """Writes the report of run folders: `dskd-report`.
+
+    Args:
+        argv: The command's arguments. Defaults to those of this process.
+
+    Returns:
+        The exit status, as that of `train`.
+    """
+    from dskd_keras.report import command
+
+    return command.main(argv, prog="dskd-report")
+
+
+def _run(
+    name: str,
+    config_class: type[Config],
+    argv: Sequence[str] | None,
+    work: Callable[[Config, Sequence[str]], None],
+) -> int:
+    """Runs `train` or `tune`; what `work` needs it imports itself, after the flags are read."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            from dskd_keras.experiment import command_line
+        except ModuleNotFoundError as error:
+            raise missing_package(name, str(error.name), "train") from None
+        config = command_line.parse(config_class, argv, _program(name))
+        config.check_files()
+        if startup.check_backend() == "tensorflow":
+            startup.import_tensorflow()
+        work(config, argv)
+    except InputError as error:
+        return _fail(error)
+    except TrainingError as error:
+        return _fail(error, status=1)
+    except KeyboardInterrupt as interrupt:
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
+    return 0
+
+
+def _program(name: str) -> str:
+    """What the command is called here: by its script in a clone, by its own name elsewhere."""
+    return f"{name}.py" if Path(sys.argv[0]).name == f"{name}.py" else f"dskd-{name}"
+
+
+def _command_line(name: str, argv: Sequence[str]) -> str:
+    """What a shell would take, the backend included."""
+    backend = os.environ.get("KERAS_BACKEND")
+    prefix = [f"KERAS_BACKEND={backend}"] if backend else []
+    import shlex
+
+    program = _program(name)
+    start = ["python", program] if program.endswith(".py") else [program]
+    return " ".join([*prefix, shlex.join([*start, *argv])])
+
+
+def _fail(message: object, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,1 @@
+"""The runner: from a configuration to a trained student and its report."""

@@ -1,0 +1,92 @@
+"""From a configuration to its data set, its models and its distiller."""
+
+from typing import Any
+
+import keras
+from rich.console import Console
+
+from dskd_keras import data, models, weighting
+from dskd_keras.distiller import Distiller
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.run import Run
+
+# The methods differ in settings of the same distiller alone.
+_METHODS: dict[str, dict[str, Any]] = {
+    "dskd": {},
+    "kd": {"student_layers": ()},
+    "ce": {"student_layers": (), "prediction_weight": 0.0, "label_weight": 1.0},
+}
+
+
+def load_data(config: ExperimentConfig, console: Console) -> data.ImageDataset:
+    """Loads the configured data set and says what it is."""
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        train_examples=config.train_examples,
+        validation_fraction=config.validation_fraction,
+    )
+    console.print(_described(dataset))
+    return dataset
+
+
+def _described(dataset: data.ImageDataset) -> str:
+    parts = [f"{len(dataset.x_train):,} training"]
+    if dataset.x_validation is not None:
+        parts.append(f"{len(dataset.x_validation):,} validation")
+    parts.append(f"{len(dataset.x_test):,} test images")
+    height, width, channels = dataset.input_shape
+    text = f"{dataset.name}: {', '.join(parts)} of {height}×{width}×{channels}, "
+    return text + "; ".join([f"{dataset.num_classes} classes", *dataset.notes])
+
+
+def input_shape(dataset: data.ImageDataset) -> tuple[int, int, int]:
+    """Returns the shape of an image in the order of Keras's image data format."""
+    height, width, channels = dataset.input_shape
+    if keras.config.image_data_format() == "channels_first":
+        return channels, height, width
+    return height, width, channels
+
+
+def create_student(run: Run) -> keras.Model:
+    """Returns a new student, in the configured precision."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(run.config.dtype_policy)
+    try:
+        return _create("student", run)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def create_teacher(run: Run) -> keras.Model | None:
+    """Returns the teacher with random weights; None where the method needs none."""
+    return None if run.config.method == "ce" else _create("teacher", run)
+
+
+def _create(field: str, run: Run) -> keras.Model:
+    name = getattr(run.config, field)
+    return models.create(name, run.dataset.num_classes, input_shape(run.dataset), field=field)
+
+
+def distiller_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns the arguments of `Distiller`, beside the two models, that a configuration holds."""
+    strategy = weighting.get(config.weighting)
+    if isinstance(strategy, weighting.Softmax):
+        strategy = weighting.Softmax(config.weighting_temperature)
+    return {
+        "student_layers": config.student_layers,
+        "teacher_layer": config.teacher_layer,
+        "temperature": config.temperature,
+        "label_weight": config.label_weight,
+        "prediction_weight": config.prediction_weight,
+        "deep_prediction_weight": config.deep_prediction_weight,
+        "deep_feature_weight": config.deep_feature_weight,
+        "weighting": strategy,
+        **_METHODS[config.method],
+    }
+
+
+def distiller(run: Run, teacher: keras.Model | None, student: keras.Model) -> Distiller:
+    """Returns the configured distiller of two models."""
+    return Distiller(teacher, student, **distiller_settings(run.config))

@@ -1,0 +1,199 @@
+"""The configuration of a training run, checked without Keras."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from dskd_keras import checks
+from dskd_keras.data import kinds
+from dskd_keras.errors import InputError, wrong
+from dskd_keras.models import catalog
+
+Weighting = Literal["softmax", "proportional", "inverse", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Trains a student, under a teacher or alone.
+
+    Args:
+        teacher: Name of the teacher's model.
+        student: Name of the student's model.
+        pair: Name of the file in configs/ that the other values came from.
+        method: dskd supervises the student's shallow layers too, kd its output alone, ce trains it
+            on the labels without a teacher.
+        dataset: digits, cifar100, tiny_imagenet, the name of any image-classification set of
+            TensorFlow Datasets, an .npz file with x_train, y_train, x_test and y_test, or a folder
+            of class folders.
+        data_dir: Where TensorFlow Datasets keeps its data; for tiny_imagenet also its zip archive,
+            the folder that it extracts to, or a folder with either. Default: TFDS_DATA_DIR, else
+            its own.
+        image_size: Side in pixels to which all images are resized. Default: as they are.
+        train_examples: Train on that many images only, the same share of every class.
+        validation_fraction: Share of the training images held out to choose the best epoch.
+        augmentation: auto is what suits the data set: crop_flip, or crop where a mirror image is
+            another class.
+        student_layers: The student's shallow layers that dskd supervises.
+        teacher_layer: The teacher's layer that supervises them. Default: the last feature map
+            before the pooling.
+        temperature: Softens the logits of teacher and student.
+        label_weight: Coefficient of the loss on the labels.
+        prediction_weight: Coefficient of the divergence of the student's output.
+        deep_prediction_weight: Coefficient of the divergences of the shallow layers.
+        deep_feature_weight: Coefficient of the feature-map losses of the shallow layers.
+        weighting: How the shallow layers share those two: softmax, proportional, inverse or
+            uniform.
+        weighting_temperature: Of the softmax weighting: a smaller one gives more to the largest
+            loss.
+        dtype_policy: Precision of the student's training; variables and losses stay float32, and
+            mixed_float16 scales the loss. A teacher is trained in float32.
+        epochs: Epochs of the student.
+        batch_size: Images in a step.
+        learning_rate: Of the student, at the start.
+        schedule: step multiplies the rate by decay_factor at each of decay_at, cosine takes it
+            to zero.
+        decay_at: Where the rate falls, as shares of the training.
+        decay_factor: By how much.
+        momentum: Of stochastic gradient descent.
+        nesterov: Whether the momentum is Nesterov's.
+        weight_decay: Added to the gradient, as in PyTorch's SGD.
+        seeds: A run for each; all share the teacher.
+        teacher_weights: A .keras or .weights.h5 file, or a published PyTorch checkpoint (.pth), to
+            load instead of training the teacher.
+        teacher_epochs: Epochs of a teacher that has to be trained. Default: as many as the student.
+        teacher_learning_rate: Of such a teacher. Default: the student's.
+        teacher_seed: Seed of such a teacher.
+        teacher_dir: Where trained teachers are kept.
+        fold_teacher: Fold the teacher's batch normalisations into its convolutions before it
+            teaches: the same outputs but for rounding, and faster.
+        teacher_dtype: Precision in which it then teaches; its outputs are float32. bfloat16 and
+            float16 pay on a processor or an accelerator that computes in them.
+        min_teacher_accuracy: A teacher with a lower test accuracy (0 to 1) is refused.
+        run_dir: Where the run is written. Default: runs/ and the pair's name.
+        include_preprocessing: Save the student with the normalisation inside, so that it takes
+            pixels from 0 to 255.
+        export: Formats in which to save the student too, for use without Keras.
+        resume: Go on with an interrupted run, to the numbers of an uninterrupted one; a run that
+            was not begun is begun.
+        checkpoint_steps: Steps between two checkpoints within an epoch; there is one after every
+            epoch too.
+    """
+
+    teacher: str
+    student: str
+    pair: str | None = None
+    method: Literal["dskd", "kd", "ce"] = "dskd"
+    dataset: str = "cifar100"
+    data_dir: str | None = None
+    image_size: int | None = None
+    train_examples: int | None = None
+    validation_fraction: float = 0.0
+    augmentation: Literal["auto", "crop_flip", "crop", "none"] = "auto"
+    student_layers: list[str] = dataclasses.field(default_factory=lambda: ["stage1", "stage2"])
+    teacher_layer: str | None = None
+    temperature: float = 4.0
+    label_weight: float = 1.0
+    prediction_weight: float = 1.0
+    deep_prediction_weight: float = 1.0
+    deep_feature_weight: float = 1.0
+    weighting: Weighting = "softmax"
+    weighting_temperature: float = 1.0
+    dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    epochs: int = 240
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    schedule: Literal["step", "cosine"] = "step"
+    decay_at: list[float] = dataclasses.field(default_factory=lambda: [0.625, 0.75, 0.875])
+    decay_factor: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    teacher_weights: str | None = None
+    teacher_epochs: int | None = None
+    teacher_learning_rate: float | None = None
+    teacher_seed: int = 0
+    teacher_dir: str = "runs/teachers"
+    fold_teacher: bool = True
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    min_teacher_accuracy: float = 0.0
+    run_dir: str | None = None
+    include_preprocessing: bool = False
+    export: list[Literal["onnx", "saved_model", "litert"]] = dataclasses.field(default_factory=list)
+    resume: bool = False
+    checkpoint_steps: int = 500
+
+    def __post_init__(self) -> None:
+        for field in ("teacher", "student"):
+            catalog.check_name(field, getattr(self, field))
+        self._check_whole(
+            1, "epochs", "batch_size", "image_size", "train_examples", "teacher_epochs",
+            "checkpoint_steps",
+        )  # fmt: skip
+        self._check_whole(0, "teacher_seed")
+        for field in (
+            "label_weight", "prediction_weight", "deep_prediction_weight", "deep_feature_weight",
+            "weight_decay",
+        ):  # fmt: skip
+            checks.real(field, getattr(self, field), least=0)
+        for field in ("temperature", "weighting_temperature", "decay_factor", "learning_rate"):
+            checks.real(field, getattr(self, field), above=0)
+        if self.teacher_learning_rate is not None:
+            checks.real("teacher_learning_rate", self.teacher_learning_rate, above=0)
+        for field in ("momentum", "validation_fraction"):
+            checks.real(field, getattr(self, field), least=0, below=1)
+        checks.real("min_teacher_accuracy", self.min_teacher_accuracy, least=0, most=1)
+        if self.nesterov and not self.momentum:
+            raise InputError("nesterov: True, but momentum is 0. Nesterov's needs some momentum.")
+        if not all(0 < share < 1 for share in self.decay_at):
+            raise wrong(
+                "decay_at", self.decay_at, "shares of the training between 0 and 1, such as 0.75"
+            )
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
+            raise wrong("seeds", self.seeds, "different whole numbers from 0, one or more")
+        if self.teacher_dtype != "float32" and not self.fold_teacher:
+            raise InputError(
+                f"teacher_dtype: {self.teacher_dtype}, but fold_teacher is false. Folding makes "
+                "the copy that has another precision: choose float32, or fold."
+            )
+        if self.export and self.dtype_policy != "float32":
+            raise InputError(
+                f"export: {', '.join(self.export)}, but dtype_policy is {self.dtype_policy}. Only "
+                "a float32 student can be exported: choose dtype_policy float32, or no export."
+            )
+        if self.method == "dskd" and not self.student_layers:
+            raise InputError(
+                "student_layers: empty, but method is dskd. Name the layers to supervise, or "
+                "choose method kd."
+            )
+
+    def _check_whole(self, least: int, *fields: str) -> None:
+        for field in fields:
+            if getattr(self, field) is not None:
+                checks.whole(field, getattr(self, field), least)
+
+    def check_files(self) -> None:
+        """Raises `InputError` where a file that the configuration names is missing."""
+        kinds.kind(self.dataset)
+        # A finished run needs no teacher any more.
+        if not all((self.seed_folder(seed) / "metrics.json").exists() for seed in self.seeds):
+            self.check_teacher_file()
+
+    def check_teacher_file(self) -> None:
+        """Raises `InputError` where the teacher's weights are named and missing."""
+        if self.teacher_weights and not Path(self.teacher_weights).is_file():
+            raise InputError(f"teacher_weights: there is no file '{self.teacher_weights}'.")
+
+    def folder(self) -> Path:
+        """Returns the folder of all methods and seeds."""
+        return Path(self.run_dir or f"runs/{self.pair or f'{self.teacher}_{self.student}'}")
+
+    def seed_folder(self, seed: int) -> Path:
+        """Returns the folder of one seed's run."""
+        return self.folder() / self.method / f"seed-{seed}"
+
+    def to_yaml(self) -> str:
+        """Returns the YAML that `--config` reads back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -1,0 +1,86 @@
+"""From a configuration to trained students and their report: the parts are wired here alone."""
+
+import contextlib
+from pathlib import Path
+
+from rich.console import Console
+
+from dskd_keras import files, report
+from dskd_keras.experiment import build, run_folder, students, teachers, training
+from dskd_keras.experiment.checkpoints import CheckpointFolder
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.run import Run
+from dskd_keras.report import RunResult
+
+
+def run(
+    config: ExperimentConfig, console: Console | None = None, command: str | None = None
+) -> list[RunResult]:
+    """Trains (or loads) the teacher and trains the student once for each seed.
+
+    Args:
+        config: What to run.
+        console: For messages and the table. Defaults to standard output.
+        command: The command line that asked for it, to be kept with the results. Optional.
+
+    Returns:
+        The teacher's result, if there is a teacher, then the students'.
+
+    Raises:
+        ExportError: A student can't be exported.
+        InputError: Before any training, if the configuration or the data can't be used.
+        KeyboardInterrupt: Training was stopped; `resume` goes on.
+        TrainingError: Training or writing could not go on.
+    """
+    console = console or report.console()
+    config.check_files()
+    folders = {seed: config.seed_folder(seed) for seed in config.seeds}
+    for folder in folders.values():
+        run_folder.finished_result(config, folder)  # refuses one of another configuration
+    run = Run(config, build.load_data(config, console), console, command)
+    students.check_export(run)
+    # Builds everything once: what doesn't fit is said before a teacher trains for hours.
+    build.distiller(run, build.create_teacher(run), build.create_student(run))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.disk_errors_in_one_line(config.folder()))
+        for folder in folders.values():
+            stack.enter_context(run_folder.claimed("run_dir", folder, run.say))
+        results = _train(run, folders)
+    console.print(report.results_table(f"{run.dataset.name}, {config.method}", results))
+    for folder in folders.values():
+        console.print(f"Student: {folder / 'student.keras'}")
+    console.print(f"Report: {report.write([config.folder()])}")
+    return results
+
+
+def _train(run: Run, folders: dict[int, Path]) -> list[RunResult]:
+    """Trains what is not finished, in folders that are claimed; returns the rows of the table."""
+    config = run.config
+    # Looked at again: before the folders were claimed another process may have finished one.
+    finished = {
+        seed: result
+        for seed, folder in folders.items()
+        if (result := run_folder.finished_result(config, folder)) is not None
+    }
+    for seed, folder in folders.items():
+        if seed not in finished:
+            if not config.resume:
+                run_folder.set_aside(folder, run.say)
+            # What can't be resumed is said before a teacher trains for it.
+            training.checkpoint_to_resume(run, folder)
+    teacher = None
+    if config.method != "ce" and len(finished) < len(folders):
+        teacher = teachers.obtain(run)
+    results = []
+    for seed, folder in folders.items():
+        if seed in finished:
+            run.say(f"Seed {seed} was finished before: {folder}")
+            results.append(finished[seed])
+        else:
+            results.append(students.train(run, teacher, seed, folder))
+        CheckpointFolder(folder / "checkpoints").clear()
+        students.export_saved(run, folder)
+    if teacher is not None:
+        return [teacher.result, *results]
+    of_teacher = results[0].teacher
+    return results if of_teacher is None else [RunResult.from_dict(of_teacher), *results]

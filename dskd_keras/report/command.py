@@ -1,0 +1,66 @@
+"""The command that writes the report of run folders."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dskd_keras.errors import InputError, missing_package
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m dskd_keras.report") -> int:
+    """Writes the report of run folders and prints their tables.
+
+    Args:
+        argv: The command's arguments. Defaults to those of this process.
+        prog: What the command is called.
+
+    Returns:
+        The exit status: 0, 2 for a wrong input, 130 for an interrupt.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Writes pictures and an HTML page from the files of run folders."
+    )
+    parser.add_argument(
+        "run_dir",
+        nargs="+",
+        metavar="RUN_DIR",
+        help="a run folder, such as runs/PAIR; several are shown side by side",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the HTML file (default: report.html in RUN_DIR, or here for several)",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        try:
+            _report(arguments.run_dir, arguments.output)
+        except ModuleNotFoundError as error:
+            raise missing_package("report", str(error.name), "train") from None
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _report(run_dirs: Sequence[str], output: str | None) -> None:
+    # Here, where what is missing of their packages is said in one line.
+    from dskd_keras.report import page, reading, table
+
+    runs = reading.read_runs(run_dirs)
+    written = page.write_runs(runs, output)
+    console = table.console()
+    for run in runs:
+        students = [seed.result for seed in run.seeds if seed.result is not None]
+        if students:
+            title = f"{run.name}: {run.seeds[0].dataset}"
+            console.print(table.results_table(title, [*run.teachers(), *students]))
+        for seed in run.seeds:
+            if seed.result is None:
+                accuracy = "" if seed.accuracy is None else f", {100 * seed.accuracy:.2f} % so far"
+                console.print(f"{run.name}/{seed.method}/seed-{seed.seed}: {seed.state}{accuracy}")
+            for problem in seed.problems:
+                console.print(problem)
+    console.print(f"Report: {written}")

@@ -1,0 +1,147 @@
+"""What `import dskd_keras` brings in, what can be reached from it, and that all of it is typed."""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+import dskd_keras
+
+ROOT = Path(dskd_keras.__file__).parent.parent
+
+GROUND = ["_lazy", "checks", "errors", "progress"]
+CORE = [
+    "distiller", "folding", "graph", "heads", "keras_internals", "labels", "losses", "optimizers",
+    "teacher", "tracing", "weighting",
+]  # fmt: skip
+
+
+def fresh(script, *arguments, **environment):
+    """What a script prints, as JSON, in a process of its own."""
+    inherited = {k: v for k, v in os.environ.items() if k != "DSKD_KERAS_DEFER"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_the_import_loads_the_core_alone():
+    loaded = fresh(
+        "import json, sys, keras; before = {*sys.modules}; import dskd_keras\n"
+        "print(json.dumps([*before, '', *({*sys.modules} - before)]))"
+    )
+    border = loaded.index("")
+    before = {name.partition(".")[0] for name in loaded[:border]}
+    ours = {name for name in loaded[border + 1 :] if name.partition(".")[0] == "dskd_keras"}
+    assert ours == {"dskd_keras", *(f"dskd_keras.{name}" for name in GROUND + CORE)}
+    others = {name.partition(".")[0] for name in loaded[border + 1 :]} - {"dskd_keras"}
+    assert others <= before | set(sys.stdlib_module_names)
+
+
+def test_commands_can_put_keras_off_and_every_name_is_reached():
+    found = fresh(
+        "import json, sys, dskd_keras\n"
+        "early = [name for name in ('keras', 'numpy') if name in sys.modules]\n"
+        "hidden = sorted({*dskd_keras.__all__} - {*dir(dskd_keras)})\n"
+        "missing = [n for n in dskd_keras.__all__ if not hasattr(dskd_keras, n)]\n"
+        "exec('from dskd_keras import *')\n"
+        "print(json.dumps([early, hidden, missing, Distiller.__name__]))",
+        DSKD_KERAS_DEFER="1",
+    )
+    assert found == [[], [], [], "Distiller"]
+    with pytest.raises(AttributeError, match="'dskd_keras' has no attribute 'destiller'"):
+        _ = dskd_keras.destiller
+
+
+@pytest.mark.parametrize("imports", ["dskd_keras, keras", "keras, dskd_keras"])
+def test_a_saved_distiller_loads_after_the_import_alone(imports, tmp_path):
+    x, y = small.images(4)
+    distiller = dskd_keras.Distiller(
+        dskd_keras.fold_batch_norm(small.convnet("teacher", width=5)),
+        small.convnet("student"),
+        ["stage1"],
+        weighting="inverse",
+    )
+    distiller.compile(dskd_keras.optimizers.SGD(0.1, momentum=0.9), loss=small.crossentropy())
+    distiller.fit(x, y, verbose=0)
+    distiller.save(tmp_path / "distiller.keras")
+    np.save(tmp_path / "x.npy", x)
+    logits, teacher_logits, optimizer = fresh(
+        f"import {imports}, json, sys, numpy as np\n"
+        "folder = sys.argv[1]\n"
+        "loaded = keras.models.load_model(f'{folder}/distiller.keras')\n"
+        "x = np.load(f'{folder}/x.npy')\n"
+        "outputs = [loaded.predict(x, verbose=0), loaded.teacher.predict(x)['logits']]\n"
+        "print(json.dumps([*(o.tolist() for o in outputs), type(loaded.optimizer).__module__]))",
+        tmp_path,
+    )
+    np.testing.assert_allclose(logits, distiller.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    expected = distiller.teacher.predict(x)["logits"]
+    np.testing.assert_allclose(teacher_logits, expected, rtol=1e-5, atol=1e-6)
+    assert optimizer == "dskd_keras.optimizers"
+
+
+TYPED = [
+    *(f"dskd_keras.{name}" for name in [*GROUND, *CORE, "drawing", "export", "files"]),
+    *(f"dskd_keras.{name}" for name in ("callbacks", "data", "models", "report", "tuning")),
+]
+
+
+def public_names(module):
+    """What a module shows: `__all__`, or what it defines under a name without an underscore."""
+    if hasattr(module, "__all__"):
+        return {name: getattr(module, name) for name in module.__all__}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+def functions(name, value):
+    """The public functions of a name: itself, or those of a class that this project defines."""
+    if inspect.isfunction(value):
+        yield name, value
+    for cls in value.__mro__ if inspect.isclass(value) else ():
+        if not cls.__module__.startswith("dskd_keras"):
+            continue
+        for member, given in vars(cls).items():
+            given = given.fget if isinstance(given, property) else given
+            given = getattr(given, "__func__", given)  # of a class method
+            if inspect.isfunction(given) and (
+                not member.startswith("_") or member in ("__init__", "__call__")
+            ):
+                yield f"{cls.__name__}.{member}", given
+
+
+def without_types(name, function):
+    signature = inspect.signature(function)
+    for number, parameter in enumerate(signature.parameters.values()):
+        itself = number == 0 and parameter.name in ("self", "cls")
+        if not itself and parameter.annotation is inspect.Parameter.empty:
+            yield f"{name}: {parameter.name}"
+    if signature.return_annotation is inspect.Signature.empty and not name.endswith(".__init__"):
+        yield f"{name}: what it returns"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", TYPED)
+def test_public_names_are_typed(name):
+    public = public_names(importlib.import_module(name))
+    assert public
+    assert not [
+        missing
+        for public_name, value in public.items()
+        for function_name, function in functions(public_name, value)
+        for missing in without_types(function_name, function)
+    ]

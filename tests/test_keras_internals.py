@@ -1,0 +1,216 @@
+"""Names the private part of Keras that a new version has taken away, or changed."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import dskd_keras
+from dskd_keras import keras_internals
+
+BACKEND = keras.backend.backend()
+PACKAGE = Path(dskd_keras.__file__).parent
+CASES = {}
+
+
+def private(name, backend=BACKEND):
+    """Registers the check of a private name, which counts on one backend or on all."""
+
+    def register(check):
+        marks = pytest.mark.skipif(backend != BACKEND, reason=f"{backend}'s alone")
+        CASES[name] = pytest.param(name, check, id=name, marks=marks)
+        return check
+
+    return register
+
+
+def two_ended():
+    """A model with dicts of inputs and of outputs."""
+    inputs = {name: keras.Input((3,), name=name) for name in ("a", "b")}
+    x = layers.Add(name="sum")([inputs["a"], inputs["b"]])
+    return keras.Model(inputs, {"twice": layers.Rescaling(2.0, name="twice")(x), "once": x})
+
+
+@private("keras.KerasTensor._keras_history")
+def keras_history():
+    shared = layers.Dense(3)
+    first = shared(keras.Input((3,)))
+    assert keras_internals.producer(first) is keras_internals.producer(shared(first)) is shared
+
+
+@private("keras.Operation._inbound_nodes")
+def inbound_nodes():
+    inputs = keras.Input((3,))
+    norm = layers.BatchNormalization()
+    first = norm(inputs)
+    second = norm(first, training=True)
+    for tensor, (source, training) in {first: (inputs, None), second: (first, True)}.items():
+        (used,), arguments = keras_internals.call_of(tensor)
+        assert used is source and arguments.get("training") is training
+
+
+@private("keras.Model._inputs_struct")
+def inputs_struct():
+    assert set(keras_internals.input_structure(two_ended())) == {"a", "b"}
+    inputs = keras.Input((3,))
+    outputs = layers.Dense(2)(inputs)
+    assert keras_internals.input_structure(keras.Model([inputs], outputs)) is inputs
+
+
+@private("keras.Model._outputs_struct")
+def outputs_struct():
+    outputs = keras_internals.output_structure(two_ended())
+    assert {name: keras_internals.producer(x).name for name, x in outputs.items()} == {
+        "twice": "twice",
+        "once": "sum",
+    }
+
+
+@private("keras.Layer._flatten_layers")
+def flatten_layers():
+    inner = layers.Dense(2, name="inner")
+    nested = keras.Sequential([keras.Input((4, 3)), layers.TimeDistributed(inner, name="wrapper")])
+    model = keras.Sequential([keras.Input((4, 3)), nested])
+    found = keras_internals.flat_layers(model)
+    assert found[0] is model and {nested, inner} <= set(found)
+
+
+def values_in_fit(sync):
+    """What a callback reads of a metric after each of two steps, and `_jax_state_synced` there."""
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=[keras.metrics.MeanAbsoluteError(name="error")])
+    found = []
+
+    def read(batch, logs):
+        if sync:
+            model.jax_state_sync()
+        count = next(v for v in model.metrics_variables if v.path.endswith("error/count"))
+        value = keras_internals.metric_value(model, count)
+        found.append((float(value), getattr(model, "_jax_state_synced", None)))
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=read)
+    model.fit(np.ones((8, 2)), np.ones((8, 1)), batch_size=4, callbacks=[callback], verbose=0)
+    return found
+
+
+@private("keras.Model._jax_state", "jax")
+def jax_state():
+    assert values_in_fit(sync=False) == [(4.0, False), (8.0, False)]
+
+
+@private("keras.Model._jax_state_synced", "jax")
+def jax_state_synced():
+    assert values_in_fit(sync=True) == [(4.0, True), (8.0, True)]
+
+
+def built_optimizer():
+    variables = [keras.Variable(np.ones(2), name=name) for name in ("kernel", "bias")]
+    optimizer = dskd_keras.optimizers.SGD(1.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+@private("keras.optimizers.Optimizer._use_weight_decay")
+def use_weight_decay():
+    optimizer, variables = built_optimizer()
+    assert [keras_internals.decays(optimizer, v) for v in variables] == [True, False]
+
+
+@private("keras.optimizers.Optimizer._get_variable_index")
+def get_variable_index():
+    optimizer, variables = built_optimizer()
+    assert [keras_internals.variable_index(optimizer, v) for v in variables] == [0, 1]
+
+
+@private("keras.optimizers.Optimizer._backend_update_step", "torch")
+def backend_update_step():
+    optimizer, variables = built_optimizer()
+    calls = []
+    optimizer._update_all = lambda *args: calls.append(args)
+    optimizer.apply([keras.ops.zeros(2)] * 2, variables)
+    assert len(calls) == 1, "Keras no longer calls it"
+
+
+@pytest.mark.parametrize("name, check", CASES.values())
+def test_what_is_used_of_keras_is_there(name, check):
+    try:
+        check()
+    except Exception as error:
+        pytest.fail(
+            f"{name} has gone or changed in Keras {keras.__version__}: "
+            f"{type(error).__name__}: {error}"
+        )
+
+
+def test_between_steps_a_metric_has_its_value():
+    assert [value for value, _ in values_in_fit(sync=False)] == [4.0, 8.0]
+
+
+def test_every_private_name_that_is_used_has_a_case():
+    tree = ast.parse(Path(keras_internals.__file__).read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {  # getattr(model, "_name", …)
+        node.args[1].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr"
+    }
+    used = {name for name in used if name.startswith("_")}
+    used |= {hook.rpartition(".")[2] for hook in keras_internals.HOOKS}
+    assert used == {name.rpartition(".")[2] for name in CASES}
+
+
+def test_hooks_override_what_keras_has():
+    for hook, overridden_by in keras_internals.HOOKS.items():
+        owner, _, method = hook.rpartition(".")
+        module, _, name = overridden_by.rpartition(".")
+        cls = getattr(importlib.import_module(module), name)
+        assert method in vars(cls)
+        module, _, base = owner.rpartition(".")
+        assert hasattr(getattr(importlib.import_module(module), base), method)
+
+
+# Private names of other libraries than Keras.
+ELSEWHERE = {
+    "_asdict", "_replace",  # named tuples
+    "_core", "_reconstruct",  # NumPy's, in torch_weights.py
+    "_foreach_add", "_foreach_add_", "_foreach_mul", "_foreach_mul_", "_foreach_sub_",  # PyTorch's
+    "_schema", "_unsafe_view",  # PyTorch's
+}  # fmt: skip
+# The search, which has an adapter of its own for KerasTuner and TensorFlow.
+OWN_ADAPTER = PACKAGE / "tuning"
+
+
+def sources():
+    files = [path for path in PACKAGE.rglob("*.py") if OWN_ADAPTER not in path.parents]
+    return [path for path in files if path.name != "keras_internals.py"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_else_reaches_into_keras(path):
+    tree = ast.parse(path.read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    # What the file makes itself: methods, functions, classes, and attributes that it assigns.
+    own = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    own |= {getattr(node, "name", None) for node in ast.walk(tree)}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    own |= {hook.rpartition(".")[2] for hook in keras_internals.HOOKS}
+    private = {
+        f"{ast.unparse(node)} in line {node.lineno}"
+        for node in attributes
+        if node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in own | ELSEWHERE
+    }
+    assert not private
+    imported = {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src")
+    }
+    assert not imported
