@@ -17,13 +17,15 @@ from pathlib import Path
 import jsonargparse
 import keras
 import numpy as np
-from dskd_keras.command_line import parse
-from dskd_keras.config import ExperimentConfig
 from rich.console import Console
 
-from dskd_keras import data, experiment, teacher_outputs, training
 from dskd_keras.distiller import Distiller, Targets
-from dskd_keras.tuning.memory import freed_afterwards
+from dskd_keras.experiment import build, cached_targets, training
+from dskd_keras.experiment.cached_targets import CachedTargets
+from dskd_keras.experiment.command_line import parse
+from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.run import Run
+from dskd_keras.tuning.memory import clean_session
 
 
 def main(
@@ -34,7 +36,7 @@ def main(
     cached_views: int = 2,
     repeats: int = 3,
     json_file: str | None = None,
-):
+) -> None:
     """Measures what a trial costs.
 
     Args:
@@ -46,53 +48,44 @@ def main(
         repeats: Trials of each kind.
         json_file: Where to write the results too.
     """
-    configs = Path(__file__).parent.parent / "configs"
-    config = parse(
-        ExperimentConfig,
-        [
-            "--pair", pair, "--dataset", dataset, "--train_examples", str(train_examples),
-            "--validation_fraction", "0.1", "--epochs", str(epochs),
-        ],
-        configs,
-        "trial_cost.py",
-    )  # fmt: skip
-    images = data.load(dataset, train_examples=config.train_examples, validation_fraction=0.1)
-    teacher = experiment.create_teacher(config, images)
+    fields = {
+        "pair": pair, "dataset": dataset, "train_examples": train_examples,
+        "validation_fraction": 0.1, "epochs": epochs,
+    }  # fmt: skip
+    argv = [f"--{name}={value}" for name, value in fields.items()]
+    config = parse(ExperimentConfig, argv, "trial_cost.py")
+    console = Console(quiet=True)
+    run = Run(config, build.load_data(config, console), console)
+    teacher = build.create_teacher(run)
+    assert teacher is not None
     for layer in teacher.layers:
         # Untrained, with moving averages of 0 and 1, so deep a model overflows.
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.gamma.assign(0.3 * layer.gamma)
     with tempfile.TemporaryDirectory() as folder:
-        console = Console(quiet=True)
-        views = teacher_outputs.fixed_views(
-            images, cached_views, training.augmentation(config, images)
-        )
+        views = cached_targets.fixed_views(run.dataset, cached_views, training.augmentation(run))
         begin = time.perf_counter()
-        outputs = teacher_outputs.compute(
-            teacher, None, views, Path(folder) / "outputs", console, lambda: None
-        )
+        cached = cached_targets.compute(run, teacher, views, Path(folder) / "outputs")
         caching = time.perf_counter() - begin
         kinds = {
-            "cached": lambda place: _trial(config, teacher, images, place, (views, outputs)),
-            "teacher in every step": lambda place: _trial(config, teacher, images, place, None),
-            "fixed targets in memory": lambda place: _fixed(
-                config, teacher, images, views, outputs
-            ),
+            "cached": lambda place: _trial(run, teacher, place, cached),
+            "teacher in every step": lambda place: _trial(run, teacher, place, None),
+            "fixed targets in memory": lambda place: _fixed(run, teacher, cached),
         }
-        seconds = {kind: [] for kind in kinds}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for repeat in range(repeats):
-            for kind, run in kinds.items():
+            for kind, measure in kinds.items():
                 place = Path(folder) / f"{kind}-{repeat}"
                 place.mkdir()
-                with freed_afterwards():
-                    seconds[kind].append(run(place))
+                with clean_session():
+                    seconds[kind].append(measure(place))
                 print(f"{kind}: {seconds[kind][-1]:.1f} s", flush=True)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     fixed = medians["fixed targets in memory"]
     result = {
         "pair": pair,
         "backend": keras.backend.backend(),
-        "images": len(images.x_train),
+        "images": len(run.dataset.x_train),
         "epochs": epochs,
         "seconds": seconds,
         "medians": medians,
@@ -104,45 +97,38 @@ def main(
         Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _distiller(config, teacher, images):
+def _distiller(run: Run, teacher: keras.Model) -> Distiller:
     keras.utils.set_random_seed(0)
-    student = experiment.create_student(config, images)
-    return Distiller(teacher, student, **experiment.distiller_settings(config))
+    return build.distiller(run, teacher, build.create_student(run))
 
 
-def _trial(config, teacher, images, place, cached):
+def _trial(run: Run, teacher: keras.Model, place: Path, cached: CachedTargets | None) -> float:
     begin = time.perf_counter()
-    distiller = _distiller(config, teacher, images)
-    batches = None
-    if cached is not None:
-        batches = teacher_outputs.batches(*cached, distiller, images, config.batch_size, 0)
-    training.train(
-        config, distiller, images, 0, place, Console(quiet=True), batches=batches, verbose=0
-    )
+    distiller = _distiller(run, teacher)
+    batches = None if cached is None else cached.batches(run, distiller, 0)
+    training.train(run, distiller, 0, place, batches=batches, verbose=0)
     return time.perf_counter() - begin
 
 
-def _fixed(config, teacher, images, views, outputs):
-    chosen = np.arange(len(images.x_train))
-    x = views(0, chosen)
-    held = {
-        name: array.astype("float32")
-        for name, array in outputs(0, chosen, ("logits", "features")).items()
-    }
-    labels = images.y_train.astype("int32")
+def _fixed(run: Run, teacher: keras.Model, cached: CachedTargets) -> float:
+    config, dataset = run.config, run.dataset
+    chosen = np.arange(len(dataset.x_train))
+    x = cached.views(0, chosen)
+    outputs = cached.outputs(0, chosen, ("logits", "features"))
+    held = {name: array.astype("float32") for name, array in outputs.items()}
     begin = time.perf_counter()
-    distiller = _distiller(config, teacher, images)
+    distiller = _distiller(run, teacher)
     steps = -(-len(x) // config.batch_size)
     distiller.compile(
         training.optimizer(config, steps * config.epochs), **training.compile_options()
     )
     distiller.fit(
         x,
-        Targets(labels, held),
+        Targets(dataset.y_train.astype("int32"), held),
         batch_size=config.batch_size,
         epochs=config.epochs,
         verbose=0,
-        validation_data=training.evaluation_batches(images, "validation"),
+        validation_data=training.evaluation_batches(dataset, "validation"),
     )
     return time.perf_counter() - begin
 

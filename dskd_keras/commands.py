@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dskd_keras import startup
-from dskd_keras.errors import InputError, TrainingError, missing_package
+from dskd_keras.errors import ExportError, InputError, TrainingError, missing_package
 from dskd_keras.experiment.config import ExperimentConfig
 
 Config = TypeVar("Config", bound=ExperimentConfig)
@@ -49,7 +49,8 @@ def tune(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("keras_tuner", "grpc", "six"):
                 raise
-            raise missing_package("tune", str(error.name), "tune") from None
+            package = str(error.name).replace("_", "-")
+            raise missing_package("tune", package, "tune") from None
         # A module beside the package, in a clone as in an installation.
         commands = Path(__file__).parent.parent / "dskd_commands.py"
         worker = [sys.executable, str(commands), "tune", *argv]
@@ -92,7 +93,7 @@ def _run(
         work(config, argv)
     except InputError as error:
         return _fail(error)
-    except TrainingError as error:
+    except (ExportError, TrainingError) as error:
         return _fail(error, status=1)
     except KeyboardInterrupt as interrupt:
         return 128 + getattr(interrupt, "signum", signal.SIGINT)

@@ -132,7 +132,8 @@ class Distiller(keras.Model):
         **kwargs: Any,
     ) -> None:
         for argument in kwargs.keys() - {"dtype", "trainable"}:
-            raise unknown_name("Distiller argument", argument, _ARGUMENTS)
+            _, *known, _ = inspect.signature(Distiller.__init__).parameters
+            raise unknown_name("Distiller argument", argument, known)
         graph.check_classifier("student", student)
         if teacher is not None:
             graph.check_classifier("teacher", teacher)
@@ -152,29 +153,14 @@ class Distiller(keras.Model):
         )
         self.deep_feature_weight = checks.real("deep_feature_weight", deep_feature_weight, least=0)
 
-        deep_predictions = bool(self.student_layers and self.deep_prediction_weight)
-        deep_features = bool(self.student_layers and self.deep_feature_weight)
-        supervised = self.student_layers if deep_predictions or deep_features else ()
-        needs_logits = bool(self.prediction_weight or deep_predictions)
-        if not (self.label_weight or needs_logits or supervised):
-            raise InputError(
-                "label_weight: 0.0 leaves no term. It should be positive, or prediction_weight, "
-                "or, with student_layers, deep_prediction_weight or deep_feature_weight."
-            )
-        self.teacher = None
-        if needs_logits or supervised:
-            if teacher is None:
-                raise InputError(
-                    "teacher: None, but prediction_weight, deep_prediction_weight or "
-                    "deep_feature_weight is positive. Give a teacher, or set them to 0."
-                )
-            self.teacher = FrozenTeacher(
-                teacher,
-                predictions=needs_logits,
-                features=bool(supervised),
-                layer=teacher_layer,
-            )
-
+        # The kinds of loss that the shallow layers get.
+        deep = []
+        if self.student_layers and self.deep_prediction_weight:
+            deep.append("prediction")
+        if self.student_layers and self.deep_feature_weight:
+            deep.append("feature")
+        supervised = self.student_layers if deep else ()
+        self.teacher = self._frozen(teacher, deep)
         # Two copies, because a strategy with a state must not mix the two kinds of loss.
         strategy = get_weighting(weighting)
         self.prediction_weighting, self.feature_weighting = (
@@ -185,9 +171,8 @@ class Distiller(keras.Model):
             student,
             supervised,
             teacher_shape=self.teacher.feature_shape if self.teacher else (),
-            num_classes=student.outputs[0].shape[-1],
-            predictions=deep_predictions,
-            features=deep_features,
+            predictions="prediction" in deep,
+            features="feature" in deep,
             dtype=self.dtype_policy,
         )
         if supervised:
@@ -196,8 +181,34 @@ class Distiller(keras.Model):
         self._kl_divergence = KLDivergence(self.temperature)
         self._feature_loss = FeatureMeanSquaredError()
         self._batch_mean = _BatchMean()
-        self._term_means = _TermMeans(self._term_names(deep_predictions, deep_features))
+        self._term_means = _TermMeans(self._names_of_terms(deep))
         self.built = True
+
+    def _frozen(self, teacher: keras.Model | None, deep: list[str]) -> FrozenTeacher | None:
+        """Returns the teacher, or None where no term needs one."""
+        predictions = bool(self.prediction_weight or "prediction" in deep)
+        if not (predictions or deep):
+            if self.label_weight:
+                return None
+            raise InputError(
+                "label_weight: 0.0 leaves no term. It should be positive, or prediction_weight, "
+                "or, with student_layers, deep_prediction_weight or deep_feature_weight."
+            )
+        if teacher is None:
+            raise InputError(
+                "teacher: None, but prediction_weight, deep_prediction_weight or "
+                "deep_feature_weight is positive. Give a teacher, or set them to 0."
+            )
+        return FrozenTeacher(teacher, predictions, bool(deep), self.teacher_layer)
+
+    def _names_of_terms(self, deep: list[str]) -> list[str]:
+        coefficients = {"label": self.label_weight, "prediction": self.prediction_weight}
+        names = [f"{kind}_loss" for kind, coefficient in coefficients.items() if coefficient]
+        names += [f"deep_{kind}_loss" for kind in deep]
+        for what in ("loss", "allocation"):
+            for kind in deep:
+                names += [f"deep_{kind}_{what}/{layer}" for layer in self.student_layers]
+        return names
 
     def call(self, inputs: Any, training: bool | None = False) -> Any:
         """Returns the student's logits `[B, C]`; with `training=True` its `heads.Outputs`."""
@@ -261,10 +272,8 @@ class Distiller(keras.Model):
         """Runs the teacher, then Keras's own training step with its outputs as targets.
 
         The gradient code, mixed precision and loss scaling are those of the backend's Keras model.
-        The teacher runs before them, so no gradient reaches it.
-
-        Args:
-            *args: `data`; on JAX `state, data`.
+        The teacher runs before them, so no gradient reaches it. `args` are `data`, on JAX
+        `state, data`.
         """
         *state, data = args
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -284,12 +293,8 @@ class Distiller(keras.Model):
     ) -> Any:
         """Returns the objective in a training step, the compiled loss on the labels elsewhere.
 
-        Args:
-            x: The batch; not used.
-            y: `Targets` in a training step, else the labels.
-            y_pred: `heads.Outputs` in a training step, else logits `[B, C]`.
-            sample_weight: None or `[B]`.
-            training: As in Keras.
+        In a training step `y` is `Targets` and `y_pred` is `heads.Outputs`; elsewhere these are the
+        labels and logits `[B, C]`. `sample_weight` is None or `[B]`.
         """
         if isinstance(y_pred, heads.Outputs):
             return self._objective(y, y_pred, sample_weight)
@@ -451,20 +456,6 @@ class Distiller(keras.Model):
         _, non_trainable, *_ = state
         return self.teacher(x, non_trainable[-len(self.teacher.variables) :])
 
-    def _term_names(self, deep_predictions: bool, deep_features: bool) -> list[str]:
-        names = []
-        if self.label_weight:
-            names.append("label_loss")
-        if self.prediction_weight:
-            names.append("prediction_loss")
-        kinds = [("prediction", deep_predictions), ("feature", deep_features)]
-        names += [f"deep_{kind}_loss" for kind, used in kinds if used]
-        for what in ("loss", "allocation"):
-            for kind, used in kinds:
-                if used:
-                    names += [f"deep_{kind}_{what}/{layer}" for layer in self.student_layers]
-        return names
-
     def _check_arrays(self, x: Any, y: Any) -> None:
         """Checks what `fit` got, where it is arrays. A stream is checked in its first step."""
         label = y.label if isinstance(y, Targets) else y
@@ -490,42 +481,25 @@ class Distiller(keras.Model):
 
 
 class _Terms:
-    """The terms of one training step, as they are added up.
-
-    Args:
-        layers: Names of the supervised layers.
-        sample_weight: None or `[B]`.
-
-    Attributes:
-        means: The mean of each term over the batch, by its name in the logs.
-        total: The sum of the terms times their coefficients for each image, `[B]`.
-        sample_weight: As given, in full precision.
-    """
+    """The terms of one training step, as they are added up."""
 
     def __init__(self, layers: Sequence[str], sample_weight: Any) -> None:
-        self.means: dict[str, Any] = {}
-        self.total: Any = 0
+        self.means: dict[str, Any] = {}  # over the batch, by the names in the logs
+        self.total: Any = 0  # of the terms times their coefficients, one value an image
         self.sample_weight = sample_weight
         if sample_weight is not None:
             self.sample_weight = ops.reshape(_full_precision(sample_weight), (-1,))
         self._layers = layers
 
     def add(self, name: str, coefficient: float, values: Any) -> None:
-        """Adds a term of the student's output, with one value `[B]` an image."""
+        """Adds a term of the student's output, one value an image."""
         self.means[name] = self._mean(values)
         self.total = self.total + coefficient * values
 
     def add_deep(
         self, kind: str, coefficient: float, weighting: Weighting, loss: Callable[[str], Any]
     ) -> None:
-        """Adds a term of the shallow layers.
-
-        Args:
-            kind: "prediction" or "feature".
-            coefficient: The term's coefficient.
-            weighting: Allocates weights to the layers.
-            loss: Gives the loss of a layer, one value `[B]` an image.
-        """
+        """Adds a term of the shallow layers; `loss` gives that of a layer, one value an image."""
         values = [loss(layer) for layer in self._layers]
         means = _mean_over_replicas(ops.stack([self._mean(of_layer) for of_layer in values]))
         weights = _full_precision(weighting(means))
@@ -629,7 +603,3 @@ def _names(field: str, names: str | Iterable[str]) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise wrong(field, list(names), "a list that names each layer once")
     return names
-
-
-# Without `self` and `kwargs`.
-_ARGUMENTS = list(inspect.signature(Distiller.__init__).parameters)[1:-1]

@@ -6,7 +6,7 @@ where the error for its absence is raised.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,9 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm as PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import (
-        FuncFormatter,
-        LogLocator,
-        MaxNLocator,
-        NullFormatter,
-        NullLocator,
-    )
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 except ModuleNotFoundError:
     raise missing_package("picture", "matplotlib", "train") from None
 
@@ -42,6 +37,8 @@ SOLID, DASHED, DOTTED, DASH_DOTTED = "-", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2,
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
 _STYLES = (SOLID, DASHED, DOTTED, DASH_DOTTED)
 _MARKERS = ("o", "s", "^", "D", "v")
+# Of the line at which all layers have the same.
+EQUAL: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1}
 
 # Of the text, in points.
 SIZE = 10
@@ -56,12 +53,7 @@ Ends = dict[Axes, list[tuple[float, str, Any]]]
 
 
 def check_format(field: str, path: Path) -> None:
-    """Raises `InputError` unless the path's ending is a format that matplotlib writes.
-
-    Args:
-        field: The argument that gave the path, for the error.
-        path: The path of a picture.
-    """
+    """Raises `InputError` unless the path's ending is a format that matplotlib writes."""
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:] not in formats:
         rule = f"a path that ends in one of matplotlib's formats: {', '.join(sorted(formats))}"
@@ -70,9 +62,9 @@ def check_format(field: str, path: Path) -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """Returns an empty figure, its size in inches."""
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    _layout(figure).set(w_pad=0.08, h_pad=0.06)
     return figure
 
 
@@ -81,10 +73,8 @@ def style(axes: Axes) -> None:
     axes.set_facecolor("white")
     axes.grid(True, color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(EDGE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(EDGE)
     axes.tick_params(labelsize=SIZE - 1, colors=INK, which="both")
 
 
@@ -100,38 +90,20 @@ def name_axes(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
 
 
 def count_axis(
-    axes: Axes,
-    first: float,
-    last: float,
-    label: str = "",
-    margin: float | None = None,
-    most: int = 6,
+    axes: Axes, first: float, last: float, margin: float | None = None, most: int = 6
 ) -> None:
-    """Sets the limits of epochs or steps, and whole numbers as their ticks.
-
-    Args:
-        axes: The axes.
-        first: The first number.
-        last: The last number.
-        label: What is counted. Defaults to no label.
-        margin: Room left and right of them. Defaults to a little.
-        most: Most ticks. Defaults to 6.
-    """
+    """Sets the limits of epochs or steps, with `margin` left and right, and `most` whole ticks."""
     room = max((last - first) * 0.015, 0.5 if last == first else 0.1) if margin is None else margin
     axes.set_xlim(first - room, last + room)
     axes.xaxis.set_major_locator(
         MaxNLocator(most, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10))
     )
-    name_axes(axes, x=label)
 
 
-def value_axis(axes: Axes, series: Sequence[Any], percent: bool) -> None:
-    """Sets the limits for values.
+def value_axis(axes: Axes, series: Iterable[Any], percent: bool) -> None:
+    """Sets the limits for percentages, or for losses, which may differ by orders.
 
-    Args:
-        axes: The axes.
-        series: Arrays of all the values; those that are not finite are passed over.
-        percent: Whether they are percentages; losses otherwise, which may differ by orders.
+    Values in the arrays of `series` that are not finite are passed over.
     """
     values = np.concatenate([np.asarray(part, dtype=float).ravel() for part in series])
     values = values[np.isfinite(values)]
@@ -157,28 +129,19 @@ def log_ticks(axis: Any, low: float, high: float, most: float = 2.5) -> None:
     """Sets the ticks of a logarithmic axis at 1, 2 and 5; over more decades at powers of ten."""
     decades = np.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < most else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def layer_style(position: int) -> dict[str, Any]:
-    """Returns the colour and style of the line of a layer, the shallowest at position 0."""
-    return {
-        "color": _COLOURS[position % len(_COLOURS)],
-        "linestyle": _STYLES[position % len(_STYLES)],
-    }
+def layer_colour(position: int) -> str:
+    """Returns the colour of a layer, the shallowest at position 0."""
+    return _COLOURS[position % len(_COLOURS)]
 
 
 def layer_lines(axes: Axes, places: np.ndarray, layers: Mapping[str, np.ndarray]) -> list[Line2D]:
-    """Draws a line for each layer; few values are points, too.
+    """Draws a line of the finite values of each layer, labelled with its name, shortened.
 
-    Args:
-        axes: The axes.
-        places: `[N]` epochs or steps.
-        layers: `[N]` values by the layer's name; those that are not finite are left out.
-
-    Returns:
-        The lines, their labels the names of the layers, shortened.
+    Few values are points, too.
     """
     lines = []
     names = short_all(list(layers), MOST_LETTERS)
@@ -187,7 +150,9 @@ def layer_lines(axes: Axes, places: np.ndarray, layers: Mapping[str, np.ndarray]
         few = finite.sum() <= MOST_MARKERS
         lines += axes.plot(
             places[finite], values[finite], linewidth=1.8, markersize=5, label=name,
-            marker=_MARKERS[position % len(_MARKERS)] if few else None, **layer_style(position),
+            color=layer_colour(position),
+            linestyle=_STYLES[position % len(_STYLES)],
+            marker=_MARKERS[position % len(_MARKERS)] if few else None,
         )  # fmt: skip
     return lines
 
@@ -200,9 +165,7 @@ def line_handle(label: str, **options: Any) -> Line2D:
 def label_ends(figure: Figure, ends: Ends) -> None:
     """Writes labels right of the axes beside the ends of their lines, none over another.
 
-    Args:
-        figure: The axes' figure, with everything else in it.
-        ends: For each axes, which has its final limits, `(value, text, colour)` of each line.
+    All else is in the figure already, and the axes have their limits.
     """
     annotations: dict[Axes, list[Any]] = {}
     for axes, lines in ends.items():
@@ -224,7 +187,7 @@ def label_ends(figure: Figure, ends: Ends) -> None:
             )
         ]  # fmt: skip
     # Once, and kept: finding the layout takes as long as drawing.
-    _layout(figure).execute(figure)
+    figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     for axes, labels in annotations.items():
         height = axes.get_window_extent().height / figure.dpi * 72
@@ -233,26 +196,20 @@ def label_ends(figure: Figure, ends: Ends) -> None:
             label.xyann = (22, (place - label.xy[1]) * height)
 
 
-def _apart(places: Sequence[float], gap: float) -> list[float]:
+def _apart(places: Sequence[float], gap: float) -> np.ndarray:
     """Moves ascending places in 0 to 1 as little as needed to leave a gap between any two."""
-    groups: list[tuple[float, int]] = []
-    for place in places:
-        groups.append((place, 1))
-        while True:
-            centre, count = groups.pop()
-            reach = gap * (count - 1) / 2
-            centre = max(min(centre, 1 - reach), reach)
-            if not groups or centre - groups[-1][0] >= gap * (count + groups[-1][1]) / 2:
-                groups.append((centre, count))
-                break
-            lower, below = groups.pop()
-            both = count + below
-            groups.append(((centre * count + lower * below) / both, both))
-    return [
-        centre + gap * (position - (count - 1) / 2)
-        for centre, count in groups
-        for position in range(count)
+    gaps = gap * np.arange(len(places))
+    # Without the gaps, the nearest places that don't fall: the min-max formula of isotonic
+    # regression.
+    rest = np.asarray(places) - gaps
+    nearest = [
+        max(
+            min(rest[first:end].mean() for end in range(here + 1, len(rest) + 1))
+            for first in range(here + 1)
+        )
+        for here in range(len(rest))
     ]
+    return np.clip(nearest, 0, max(1 - gap * (len(places) - 1), 0)) + gaps
 
 
 def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
@@ -283,12 +240,15 @@ def short(text: str, most: int) -> str:
 def short_all(names: Sequence[str], most: int) -> list[str]:
     """Shortens names in the way that leaves the most of them different."""
     ways: tuple[Callable[[str], str], ...] = (
-        lambda name: name if len(name) <= most else short(name.rpartition("/")[2], most),
+        lambda name: short(name.rpartition("/")[2], most),
         lambda name: short(name, most),
-        lambda name: name if len(name) <= most else f"…{name[1 - most :]}",
-        lambda name: name if len(name) <= most else f"{name[: most - 1]}…",
+        lambda name: f"…{name[1 - most :]}",
+        lambda name: f"{name[: most - 1]}…",
     )
-    return max(([way(name) for name in names] for way in ways), key=lambda short: len(set(short)))
+    return max(
+        ([name if len(name) <= most else way(name) for name in names] for way in ways),
+        key=lambda shortened: len(set(shortened)),
+    )
 
 
 def to_bytes(figure: Figure, format: str = "png") -> bytes:
@@ -298,7 +258,3 @@ def to_bytes(figure: Figure, format: str = "png") -> bytes:
     metadata: Any = {"Software": None} if format == "png" else None
     figure.savefig(buffer, format=format, metadata=metadata)
     return buffer.getvalue()
-
-
-def _layout(figure: Figure) -> Any:
-    return figure.get_layout_engine()

@@ -22,6 +22,13 @@ class TrainingError(RuntimeError):
     """
 
 
+class ExportError(RuntimeError):
+    """A model that could not be exported, or an exported file that gives other logits.
+
+    The message is one line that names the model and the format and says what was seen.
+    """
+
+
 def wrong(field: str, value: object, rule: str) -> InputError:
     """Returns the error for a value that breaks a rule.
 

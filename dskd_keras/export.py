@@ -20,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dskd_keras.errors import InputError, missing_package, unknown_name
+from dskd_keras.errors import ExportError, InputError, missing_package, unknown_name
 from dskd_keras.keras_internals import flat_layers
 
 # How the name of an exported student ends. A SavedModel is a folder.
@@ -50,13 +50,6 @@ _PACKAGES = {
     ("saved_model", "jax"): ("tensorflow",),
     ("litert", "tensorflow"): ("ai_edge_litert",),
 }
-
-
-class ExportError(RuntimeError):
-    """A model that could not be exported, or an exported file that gives other logits.
-
-    The message is one line that names the model and the format and says what was seen.
-    """
 
 
 def check_available(format: str) -> None:

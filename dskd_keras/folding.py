@@ -123,12 +123,13 @@ def _fold(
     # Weights exist once the layers have been called.
     with np.errstate(over="ignore"):  # looked for below
         for layer in model.layers:
+            made = copies.get(id(layer), _PASS)
             if id(layer) in into:
-                _set_folded(copies[id(layer)], layer, into[id(layer)][1])
-            elif id(layer) in copies and id(layer) not in norms and not graph.has_graph(layer):
-                copies[id(layer)].set_weights(layer.get_weights())
+                _set_folded(made, layer, into[id(layer)][1])
+            elif made is not _PASS and not graph.has_graph(layer):
+                made.set_weights(layer.get_weights())
                 if isinstance(layer, layers.Normalization):
-                    copies[id(layer)].finalize_state()  # it computes with what it takes from them
+                    made.finalize_state()  # it computes with what it takes from them
     for weight in folded.weights if dtype else ():
         if not np.isfinite(keras.ops.convert_to_numpy(weight).astype("float32")).all():
             raise InputError(
@@ -211,7 +212,8 @@ def _copied(layer: Any, norm: Any, dtype: str | None) -> Any:
             config.update(name=norm.name, use_bias=True)
             # The weights are set in a moment; random ones would be drawn for nothing.
             config.update({name: "zeros" for name in config if name.endswith("initializer")})
-        if dtype is not None and "dtype" in config and not _keeps_dtype(layer):
+        fixed = isinstance(layer, layers.InputLayer) or _is_quantised(layer)
+        if dtype is not None and "dtype" in config and not fixed:
             config["dtype"] = _policy(layer, dtype)
         if isinstance(layer, layers.Lambda):
             copy = layers.Lambda.from_config(config, safe_mode=False)  # nothing is read from a file
@@ -224,10 +226,6 @@ def _copied(layer: Any, norm: Any, dtype: str | None) -> Any:
             "get_config, which has to hold all arguments of __init__, with **kwargs for those of "
             f"keras.Layer: {str(error).strip().partition(chr(10))[0]}"
         ) from error
-
-
-def _keeps_dtype(layer: Any) -> bool:
-    return isinstance(layer, layers.InputLayer) or _is_quantised(layer)
 
 
 def _policy(layer: Any, dtype: str) -> str:
@@ -249,15 +247,12 @@ def _set_folded(folded: Any, layer: Any, norm: Any) -> None:
     scale = values(norm.gamma, 1.0) / np.sqrt(values(norm.moving_variance, None) + norm.epsilon)
     bias = values(layer.bias, 0.0) if layer.use_bias else 0.0
     folded.bias.assign(values(norm.beta, 0.0) + (bias - values(norm.moving_mean, None)) * scale)
-    for variable in layer.weights:
-        if variable is layer.bias:
-            continue
-        name = next(n for n in _KERNELS if getattr(layer, n, None) is variable)
-        value = values(variable, None)
-        scaled, axes = _SCALED[type(layer)]
-        if name == scaled:
-            shape = [1] * value.ndim
-            for axis in axes:
-                shape[axis] = value.shape[axis]
-            value = value * scale.reshape(shape)
-        getattr(folded, name).assign(value)
+    scaled, axes = _SCALED[type(layer)]
+    for name in _KERNELS:
+        if hasattr(layer, name):
+            value = values(getattr(layer, name), None)
+            if name == scaled:
+                own = {axis % value.ndim for axis in axes}
+                shape = [size if axis in own else 1 for axis, size in enumerate(value.shape)]
+                value = value * scale.reshape(shape)
+            getattr(folded, name).assign(value)

@@ -16,12 +16,7 @@ from dskd_keras.keras_internals import (
 
 
 def check_classifier(role: str, model: keras.Model) -> None:
-    """Raises `InputError` unless `model` is a functional model that gives logits `[B, C]`.
-
-    Args:
-        role: "teacher" or "student", the field that the message names.
-        model: What the user gave.
-    """
+    """Raises `InputError` unless a teacher or student is functional and gives logits `[B, C]`."""
     check_graph(role, model)
     outputs = model.outputs
     if len(outputs) != 1 or len(outputs[0].shape) != 2 or outputs[0].shape[-1] is None:
@@ -49,12 +44,7 @@ def check_classifier(role: str, model: keras.Model) -> None:
 
 
 def check_graph(field: str, model: keras.Model) -> None:
-    """Raises `InputError` unless `model` is a model whose own layers can be seen.
-
-    Args:
-        field: The argument that held the model, for the error.
-        model: What the user gave.
-    """
+    """Raises `InputError` unless `model`, which `field` held, has layers that can be seen."""
     if not isinstance(model, keras.Model):
         raise InputError(f"{field}: {type(model).__name__} should be a keras.Model.")
     if not has_graph(model):
@@ -134,20 +124,10 @@ def has_graph(layer: keras.layers.Layer) -> bool:
 def tap(
     field: str, model: keras.Model, names: Iterable[str]
 ) -> tuple[keras.Model, list[keras.KerasTensor]]:
-    """Makes the feature maps of named layers accessible as tensors of one graph.
+    """Returns a model with one output, and the feature maps of its named layers in its graph.
 
-    Args:
-        field: The argument that held `names`, for errors.
-        model: A functional model with one output.
-        names: Layer names; `outer/inner` reaches into a nested model.
-
-    Returns:
-        `(model, tensors)`: a functional model that shares all layers with the one given, and the
-        symbolic output of each named layer in its graph. It is the same model unless a nested one
-        had to be opened.
-
-    Raises:
-        InputError: A name is unknown, or the layer's output can't serve as a feature map.
+    It is the model given, unless a name reaches into a nested model (`outer/inner`), which is
+    opened then. It shares all layers with the model given.
     """
     names = list(names)
     check_names(field, model, names)
@@ -163,9 +143,6 @@ def last_feature_map(model: keras.Model) -> keras.KerasTensor:
 
     That is, going back from the logits, the first tensor that has more than one position
     (`[B, H, W, C]` or `[B, T, D]`). In a model without any it is the input of the last layer.
-
-    Raises:
-        InputError: It has no fixed size, or there is nothing between the input and the logits.
     """
     tensors = backwards(model.outputs[0])
     for tensor in tensors[1:]:
@@ -191,9 +168,7 @@ def backwards(
 ) -> list[keras.KerasTensor]:
     """Returns the tensors from which some are computed, themselves first, nearest first.
 
-    Args:
-        *tensors: Symbolic tensors to begin with.
-        through: Whether to go on to what a tensor is computed from. Defaults to always.
+    `through` says of a tensor whether to go on to what it is computed from.
     """
     order, seen = [*tensors], {id(tensor) for tensor in tensors}
     for current in order:  # grows while it is walked: breadth first
@@ -209,10 +184,7 @@ def rebuild(
 ) -> keras.Model:
     """Returns a functional model made by going through another's graph.
 
-    Args:
-        model: A functional or Sequential model.
-        copy: Gives the layer that takes the place of a layer.
-        call: Gives the outputs of such a layer: `call(layer, *args, **kwargs)`.
+    `copy` gives the layer that takes the place of a layer, `call` the outputs of such a layer.
     """
     # A Sequential is cloned without asking `call_function`. A functional model of it is not.
     functional = keras.Model(input_structure(model), output_structure(model), name=model.name)
@@ -224,11 +196,7 @@ _LAYOUTS = {(2, 3, 1): "channels_last", (3, 1, 2): "channels_first"}
 
 
 def _data_format(tensor: keras.KerasTensor) -> str:
-    """Returns the layout of a map.
-
-    Many layers (a ReLU, say) have none of their own. Then it is the layout of the nearest
-    convolution or pooling before them.
-    """
+    """Returns the layout of a map: that of the nearest layer before it which has one."""
     rank = len(tensor.shape)
     for earlier in backwards(tensor):
         if len(earlier.shape) != rank:

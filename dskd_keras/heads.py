@@ -11,14 +11,10 @@ from dskd_keras.keras_internals import input_structure
 
 
 class Outputs(NamedTuple):
-    """What a training step sees of the student.
+    """What a training step sees of the student. A dict is empty where its term is off.
 
-    Attributes:
-        logits: `[B, C]`, the student's own.
-        deep_logits: The auxiliary heads' logits `[B, C]` by layer name; empty where the
-            class-prediction loss of the shallow layers is off.
-        deep_features: The projected feature maps by layer name, channels last, with the teacher's
-            channels; empty where the feature-map loss is off.
+    `logits` `[B, C]` are the student's own, `deep_logits` those of the auxiliary heads by layer
+    name, `deep_features` the projected maps by layer name: channels last, the teacher's channels.
     """
 
     logits: Any
@@ -27,48 +23,30 @@ class Outputs(NamedTuple):
 
 
 # The layers that a head is made of, by the rank of the feature map that it sits on.
-_CONVOLUTIONS = {
-    3: (layers.SeparableConv1D, layers.Conv1D),
-    4: (layers.SeparableConv2D, layers.Conv2D),
-}
-_POOLINGS = {
-    3: (layers.AdaptiveAveragePooling1D, layers.GlobalAveragePooling1D),
-    4: (layers.AdaptiveAveragePooling2D, layers.GlobalAveragePooling2D),
-}
+_SEPARABLE = {3: layers.SeparableConv1D, 4: layers.SeparableConv2D}
+_CONVOLUTION = {3: layers.Conv1D, 4: layers.Conv2D}
+_RESIZING = {3: layers.AdaptiveAveragePooling1D, 4: layers.AdaptiveAveragePooling2D}
+_POOLING = {3: layers.GlobalAveragePooling1D, 4: layers.GlobalAveragePooling2D}
 
 
 def attach(
     student: keras.Model,
     names: Sequence[str],
     teacher_shape: Sequence[int],
-    num_classes: int,
     predictions: bool = True,
     features: bool = True,
     dtype: Any = None,
 ) -> keras.Model:
-    """Builds the multi-output graph of a student with its auxiliary heads.
+    """Returns a model with a student's layers and inputs that gives `Outputs` in one pass.
 
     Every head is a projector followed by pooling and a classifier. The projector halves the map
     with separable convolutions of stride 2 until it has the teacher's size, as the heads of "Be
     Your Own Teacher" (Zhang et al., ICCV 2019) do. Then a 1×1 convolution brings it to the
     teacher's channels. No activation follows, because a teacher's feature map may be negative.
 
-    Args:
-        student: A functional model with logits `[B, C]`.
-        names: Names of the student's shallow layers.
-        teacher_shape: The teacher's feature map without the batch, channels last: `(H, W, D)`,
-            `(T, D)` or `(D,)`. Not used without `names`.
-        num_classes: C.
-        predictions: Whether heads get a classifier.
-        features: Whether the projected maps are outputs.
-        dtype: The heads' dtype policy. Defaults to Keras's global one.
-
-    Returns:
-        A functional model with the student's inputs, whose output is an `Outputs`. It shares the
-        student's layers, so one forward pass gives everything.
-
-    Raises:
-        InputError: A name is unknown, or its layer has no usable feature map.
+    `names` are those of the shallow layers. `teacher_shape` is the teacher's map without the batch,
+    channels last: `(H, W, D)`, `(T, D)` or `(D,)`. `predictions` says whether heads get a
+    classifier, `features` whether the projected maps are outputs. `dtype` is the heads' policy.
     """
     student, tensors = graph.tap("student_layers", student, names)
     deep_logits, deep_features = {}, {}
@@ -76,7 +54,7 @@ def attach(
         head = _Head(name, dtype)
         projected = head.project(graph.channels_last(tensor), teacher_shape)
         if predictions:
-            deep_logits[name] = head.classify(projected, num_classes)
+            deep_logits[name] = head.classify(projected, student.outputs[0].shape[-1])
         if features:
             deep_features[name] = projected
     outputs = Outputs(student.outputs[0], deep_logits, deep_features)
@@ -84,12 +62,7 @@ def attach(
 
 
 class _Head:
-    """The layers of one head.
-
-    Args:
-        name: The student's layer that it sits on.
-        dtype: Dtype policy of its layers.
-    """
+    """The layers of one head, named after the student's layer that it sits on."""
 
     def __init__(self, name: str, dtype: Any) -> None:
         # A slash would be a new scope in a TensorFlow graph and a folder in a weights file.
@@ -105,13 +78,12 @@ class _Head:
         if len(x.shape) == 2:
             x = self._activate(layers.Dense(channels, use_bias=False, **self._named("dense")), x)
             return layers.Dense(channels, **self._named("projection"))(x)
-        separable, convolution = _CONVOLUTIONS[len(x.shape)]
         # Where the student has fewer positions, the loss pools the teacher's.
         size = [min(own, other) for own, other in zip(x.shape[1:-1], size, strict=True)]
         block = 0
         while block == 0 or _can_halve(x, size):
             block += 1
-            convolve = separable(
+            convolve = _SEPARABLE[len(x.shape)](
                 min(channels, 2 * x.shape[-1]),
                 kernel_size=3,
                 strides=2 if _can_halve(x, size) else 1,
@@ -122,13 +94,10 @@ class _Head:
             )
             x = self._activate(convolve, x)
         if list(x.shape[1:-1]) != size:
-            pooling, _ = _POOLINGS[len(x.shape)]
-            x = pooling(size, data_format="channels_last", **self._named("resize"))(x)
-        project = convolution(
-            channels,
-            kernel_size=1,
-            data_format="channels_last",
-            **self._named("projection"),
+            resize = _RESIZING[len(x.shape)]
+            x = resize(size, data_format="channels_last", **self._named("resize"))(x)
+        project = _CONVOLUTION[len(x.shape)](
+            channels, kernel_size=1, data_format="channels_last", **self._named("projection")
         )
         return project(x)
 
@@ -140,8 +109,8 @@ class _Head:
         return layers.Dense(num_classes, name=f"{self.prefix}_logits", dtype="float32")(x)
 
     def _pool(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        _, pooling = _POOLINGS[len(x.shape)]
-        return pooling(data_format="channels_last", **self._named("pool"))(x)
+        pool = _POOLING[len(x.shape)]
+        return pool(data_format="channels_last", **self._named("pool"))(x)
 
     def _activate(self, layer: Any, x: keras.KerasTensor) -> keras.KerasTensor:
         x = layers.BatchNormalization(

@@ -27,11 +27,7 @@ def producer(tensor: keras.KerasTensor) -> Any:
 
 
 def call_of(tensor: keras.KerasTensor) -> tuple[list[keras.KerasTensor], dict[str, Any]]:
-    """Returns the call that computed a symbolic tensor.
-
-    Returns:
-        `(inputs, arguments)`: the tensors that went in, and the keyword arguments.
-    """
+    """Returns the tensors and the keyword arguments of the call that computed a tensor."""
     history = tensor._keras_history
     node = history.operation._inbound_nodes[history.node_index]
     return node.input_tensors, node.arguments.kwargs
@@ -64,10 +60,6 @@ def metric_value(model: keras.Model, variable: keras.Variable) -> np.ndarray:
 
     On JAX variables hold no values during `fit`: these are in the state that goes from step to
     step. Keras's public `jax_state_sync` puts all of them back, and here one is enough.
-
-    Args:
-        model: The model that is trained.
-        variable: One of `model.metrics_variables`.
     """
     value: Any = variable
     if getattr(model, "_jax_state", None) and not model._jax_state_synced:

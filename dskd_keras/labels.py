@@ -12,22 +12,17 @@ _EXAMPLE = "keras.losses.SparseCategoricalCrossentropy(from_logits=True)"
 
 
 def check_loss(compiled: Any) -> Any:
-    """Returns what `compile(loss=...)` got as an object or function on logits.
-
-    Args:
-        compiled: A `keras.losses.Loss`, a function of labels and logits, or a name.
-
-    Raises:
-        InputError: There is none, it expects probabilities, or it is not averaged over the batch.
-    """
+    """Returns what `compile(loss=...)` got, a name too, as an object or function on logits."""
     if compiled is None:
         raise InputError(f"loss: None, but label_weight needs one: compile(loss={_EXAMPLE}).")
     if isinstance(compiled, (list, tuple, dict)):
         raise wrong("loss", compiled, "a single loss, since the student has one output")
     loss = keras.losses.get(compiled)
-    # Keras's losses on probabilities have this switch; a bare function or a name can't be told.
     from_logits = getattr(loss, "from_logits", None)
-    if from_logits is False or (from_logits is None and _is_keras_crossentropy(loss)):
+    if from_logits is None and getattr(loss, "__module__", "").startswith("keras."):
+        # Keras's functions have no such attribute, and take probabilities unless told otherwise.
+        from_logits = "crossentropy" not in getattr(loss, "__name__", "")
+    if from_logits is False:
         name = getattr(loss, "name", None) or loss.__name__
         raise InputError(
             f"loss: '{name}' expects probabilities, but the student gives logits. Use the class "
@@ -42,16 +37,7 @@ def check_loss(compiled: Any) -> Any:
 
 
 def per_image_loss(compiled: Any, label: Any, logits: Any) -> Any:
-    """Returns the compiled loss for each image, `[B]`, before any reduction.
-
-    Args:
-        compiled: As for `check_loss`.
-        label: The labels, in the form that the loss takes.
-        logits: `[B, C]`.
-
-    Raises:
-        InputError: As `check_loss`, or the loss gives one value for the whole batch.
-    """
+    """Returns the compiled loss for each image, `[B]`, before any reduction."""
     loss = check_loss(compiled)
     if isinstance(loss, keras.losses.Loss):
         label = keras.tree.map_structure(
@@ -69,14 +55,7 @@ def per_image_loss(compiled: Any, label: Any, logits: Any) -> Any:
 
 
 def check_range(label: np.ndarray, compiled: Any, classes: int) -> None:
-    """Raises `InputError` where class indices lie outside the classes.
-
-    Args:
-        label: Array of labels.
-        compiled: The compiled loss. Nothing is checked unless it is a
-            `SparseCategoricalCrossentropy`.
-        classes: Number of classes.
-    """
+    """Raises `InputError` where labels that the compiled loss takes for indices are outside."""
     sparse = isinstance(compiled, keras.losses.SparseCategoricalCrossentropy)
     if not sparse or compiled.ignore_class is not None or not label.size:
         return
@@ -86,8 +65,3 @@ def check_range(label: np.ndarray, compiled: Any, classes: int) -> None:
         raise InputError(
             f"y: label {outside} is outside the student's {classes} classes, 0 to {classes - 1}."
         )
-
-
-def _is_keras_crossentropy(loss: Any) -> bool:
-    module, name = getattr(loss, "__module__", ""), getattr(loss, "__name__", "")
-    return module.startswith("keras.") and "crossentropy" in name

@@ -1,6 +1,5 @@
 """Stochastic gradient descent as PyTorch computes it, which the published protocols assume."""
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,11 +74,7 @@ class SGD(keras.optimizers.Optimizer):
         self.coupled_weight_decay = weight_decay
 
     def build(self, variables: list[keras.Variable]) -> None:
-        """Creates one momentum buffer a variable, where there is a momentum.
-
-        Args:
-            variables: The trainable variables of the model.
-        """
+        """Creates one momentum buffer a trainable variable, where there is a momentum."""
         if self.built:
             return
         super().build(variables)
@@ -112,13 +107,7 @@ class SGD(keras.optimizers.Optimizer):
         super().exclude_from_weight_decay(var_list, var_names)
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
-        """Takes one step on one variable.
-
-        Args:
-            gradient: Gradient of the loss, in the shape of the variable.
-            variable: The variable; it is changed in place.
-            learning_rate: Scalar.
-        """
+        """Takes one step on one variable, whose shape the gradient has; changes it in place."""
         # Tensors with their own operators: calls into `keras.ops` take twice as long on PyTorch.
         value = ops.convert_to_tensor(variable)
         learning_rate = ops.cast(learning_rate, variable.dtype)
@@ -136,13 +125,13 @@ class SGD(keras.optimizers.Optimizer):
         self, grads: Iterable[Any], trainable_variables: list[keras.Variable], learning_rate: Any
     ) -> None:
         # A hook of Keras's: see keras_internals.HOOKS.
-        if keras.backend.backend() != "torch":
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
-            return
-        import torch
+        if keras.backend.backend() == "torch":
+            import torch
 
-        with torch.no_grad():
-            self._update_all(list(grads), trainable_variables, learning_rate)
+            with torch.no_grad():
+                self._update_all(list(grads), trainable_variables, learning_rate)
+        else:
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
 
     def _update_all(
         self, steps: list[Any], variables: list[keras.Variable], learning_rate: Any
@@ -151,25 +140,22 @@ class SGD(keras.optimizers.Optimizer):
         import torch
 
         values = [variable.value for variable in variables]
-        decayed = [decays(self, variable) for variable in variables]
-        if self.coupled_weight_decay and any(decayed):
-            of_decayed = iter(
-                torch._foreach_add(
-                    list(itertools.compress(steps, decayed)),
-                    list(itertools.compress(values, decayed)),
-                    alpha=self.coupled_weight_decay,
-                )
+        decayed = [i for i, variable in enumerate(variables) if decays(self, variable)]
+        if self.coupled_weight_decay and decayed:
+            with_decay = torch._foreach_add(
+                [steps[i] for i in decayed],
+                [values[i] for i in decayed],
+                alpha=self.coupled_weight_decay,
             )
-            steps = [next(of_decayed) if d else s for s, d in zip(steps, decayed, strict=True)]
+            for i, step in zip(decayed, with_decay, strict=True):
+                steps[i] = step
         if self.momentum:
             buffers = [self.momentums[variable_index(self, v)].value for v in variables]
             torch._foreach_mul_(buffers, self.momentum)
             torch._foreach_add_(buffers, steps)
-            steps = (
-                torch._foreach_add(steps, buffers, alpha=self.momentum)
-                if self.nesterov
-                else buffers
-            )
+            if self.nesterov:
+                buffers = torch._foreach_add(steps, buffers, alpha=self.momentum)
+            steps = buffers
         # The rate is a tensor and stays on its device. `steps` may be the momentum buffers: the
         # product is a copy.
         torch._foreach_sub_(values, torch._foreach_mul(steps, learning_rate))

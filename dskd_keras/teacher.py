@@ -10,34 +10,19 @@ from dskd_keras.tracing import Traced
 
 
 class FrozenTeacher:
-    """A teacher that is run and never changed.
+    """A teacher that is run and never changed: `model.trainable` becomes False.
+
+    It gives its logits, where `predictions` are needed, and, where `features` are, the output of
+    `layer`, by default of the last feature map before the pooling.
 
     It is no Keras layer on purpose. Keras would track a layer: it would enter every `save_weights`,
     `get_weights` and summary of the distiller, would be unfrozen by `distiller.trainable = True`,
     and would add its regularisation losses.
-
-    Args:
-        model: A functional model with logits `[B, C]`. It is frozen: `model.trainable` becomes
-            False.
-        predictions: Whether its logits are needed.
-        features: Whether its feature map is needed.
-        layer: Name of the layer that gives the feature map. Defaults to the last feature map
-            before the pooling.
-
-    Attributes:
-        model: The model as given.
-        feature_shape: Shape of the feature map without the batch, channels last. Empty without
-            features.
-        output_names: The keys of its outputs: "features", "logits".
-        variables: All variables of the model, none of them trainable.
-
-    Raises:
-        InputError: `layer` is unknown or gives no usable feature map.
     """
 
     model: keras.Model
-    feature_shape: tuple[int, ...]
-    output_names: list[str]
+    feature_shape: tuple[int, ...]  # without the batch, channels last; empty without features
+    output_names: list[str]  # the keys of the outputs: "features", "logits"
     variables: list[keras.Variable]
 
     def __init__(
@@ -65,16 +50,10 @@ class FrozenTeacher:
         self.variables = self._graph.variables
 
     def __call__(self, x: Any, variables: list[Any] | None = None) -> dict[str, Any]:
-        """Runs the teacher in inference mode.
+        """Runs the teacher on a batch, with `variables` in place of its own values, if given.
 
-        Args:
-            x: A batch of inputs.
-            variables: The values of `self.variables`, for a JAX training step, in which the
-                variables themselves hold none. Defaults to the variables' own values.
-
-        Returns:
-            A dict of what was asked for, in float32 (or float64) whatever the teacher's precision
-            is: `"logits"` `[B, C]`, `"features"` `[B, H, W, D]`, `[B, T, D]` or `[B, D]`.
+        The outputs are in float32 (or float64) whatever the teacher's precision is: `"logits"`
+        `[B, C]`, `"features"` `[B, H, W, D]`, `[B, T, D]` or `[B, D]`.
         """
         if self._traced is not None:
             return self._traced(x)

@@ -28,9 +28,6 @@ class Traced:
     called where it can't be traced, where its trace gives other outputs (because it draws random
     numbers, say), and for batches of a ninth shape. A warning says so, once. Weights are not
     copied: a trace sees them change.
-
-    Args:
-        model: A functional model.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -101,7 +98,7 @@ def _trace(model: keras.Model, x: Any) -> tuple[Callable[[Any], Any] | None, str
 
 
 def _in_one_line(error: Exception) -> str:
-    """Returns what an error says. Keras's begin with the layer and have the reason in bold."""
+    # Keras's messages begin with the layer and have the reason in bold.
     lines = [line for line in re.sub(r"\x1b\[\d+m", "", str(error)).splitlines() if line.strip()]
     return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" …") or type(error).__name__
 

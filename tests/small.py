@@ -1,5 +1,7 @@
 """Models small enough that a test takes milliseconds, and data for them."""
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import layers
@@ -55,3 +57,19 @@ def assert_same_bits(before, after):
     assert len(before) == len(after)
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@contextlib.contextmanager
+def eagerly(eager=True):
+    """A context in which TensorFlow compiles nothing, or compiles after all; others stay."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(eager)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)

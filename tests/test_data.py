@@ -252,6 +252,7 @@ def small_dataset(**changes):
     return data.ImageDataset(**{**settings, **changes})
 
 
+@pytest.mark.once
 def test_digits():
     digits = data.load("digits")
     assert digits.input_shape == (32, 32, 3)
@@ -267,6 +268,7 @@ def test_digits():
     assert "held out" in digits.notes[0]
 
 
+@pytest.mark.once
 def test_statistics_are_those_of_the_training_images():
     digits = data.load("digits", train_examples=50)
     scaled = digits.x_train.astype(np.float64) / 255
@@ -284,6 +286,7 @@ def rows(images):
     return {image.tobytes() for image in images}
 
 
+@pytest.mark.once
 def test_subset_and_validation_are_balanced_disjoint_and_fixed():
     whole = data.load("digits")
     part = data.load("digits", train_examples=200, validation_fraction=0.25)
@@ -300,6 +303,7 @@ def test_subset_and_validation_are_balanced_disjoint_and_fixed():
     np.testing.assert_array_equal(part.y_validation, again.y_validation)
 
 
+@pytest.mark.once
 def test_any_number_of_training_images_up_to_all_of_them():
     whole = data.load("digits")
     total = len(whole.x_train)
@@ -308,6 +312,7 @@ def test_any_number_of_training_images_up_to_all_of_them():
     assert all_of_them.fingerprint == whole.fingerprint
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -340,8 +345,11 @@ def test_a_class_with_one_image_stays_in_training():
         ({"y_test": np.asarray([0, 1, 3])}, "y_test: labels from 0 to 3 .* 0 … 2"),
         ({"y_train": np.asarray([-1, 1, 2, 0, 1, 2])}, "y_train: labels from -1"),
         ({"y_train": np.zeros(6)}, "y_train: .*float64"),
-        ({"y_train": np.zeros(5, int)}, "y_train: 5 labels .* 6 images"),
-        ({"x_train": np.zeros((0, 8, 8, 3), np.uint8), "y_train": np.zeros(0, int)}, "no images"),
+        ({"y_train": np.zeros(5, int)}, r"y_train: shape \(5,\) .* should be \(6,\)"),
+        (
+            {"x_train": np.zeros((0, 8, 8, 3), np.uint8), "y_train": np.zeros(0, int)},
+            r"x_train: shape \(0, .*none of them 0",
+        ),
         ({"x_train": np.zeros((6, 8, 8, 3))}, "x_train: .*uint8"),
         ({"x_train": np.zeros((6, 8, 8), np.uint8)}, r"x_train: shape \(6, 8, 8\)"),
         ({"x_test": np.zeros((3, 9, 9, 3), np.uint8)}, "x_test: .* training images"),
@@ -517,7 +525,7 @@ FRACTIONS = np.linspace(0, 1, 6 * 64).reshape(6, 8, 8)
         ({"x_train": np.zeros((6, 8), np.uint8)}, "shape"),
         ({"x_train": np.full((6, 8, 8), "a")}, "dtype"),
         ({"x_train": np.full((6, 8, 8), None)}, "plain arrays"),
-        ({"x_train": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no pixels"),
+        ({"x_train": np.zeros((0, 8, 8, 3), np.uint8)}, "none of them 0"),
         ({"y_test": np.asarray([0, 1, 3])}, "y_test: labels from 0 to 3"),
         ({"y_train": np.eye(6)}, "y_train"),
         ({"y_train": np.zeros(6)}, "y_train .*integers"),
@@ -646,6 +654,7 @@ def test_folder_with_too_few_images_to_hold_out(tmp_path):
         data.load(tmp_path)
 
 
+@pytest.mark.once
 def test_everything_but_tfds_works_without_tensorflow(tmp_path):
     save_npz(tmp_path)
     save_images(tmp_path / "images" / "a", numbered_images(5))

@@ -105,18 +105,21 @@ def test_a_set_is_prepared_and_read_in_stored_order(tmp_path):
     assert data.load("dskd_stripes", data_dir=tmp_path).fingerprint == dataset.fingerprint
 
 
+@pytest.mark.once
 def test_the_folder_may_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     data.load("dskd_stripes_train")
     assert (tmp_path / "dskd_stripes_train").is_dir()
 
 
+@pytest.mark.once
 def test_the_validation_split_serves_where_the_test_split_has_no_labels(tmp_path):
     dataset = data.load("dskd_stripes_validation", data_dir=tmp_path)
     assert set(dataset.x_test[:, 0, 0, 0]) == set(range(100, 110))
     assert "validation split is the test set" in dataset.notes[0]
 
 
+@pytest.mark.once
 def test_a_fifth_is_held_out_where_there_is_only_train(tmp_path):
     dataset = data.load("dskd_stripes_train", data_dir=tmp_path)
     assert (len(dataset.x_train), len(dataset.x_test)) == (40, 10)
@@ -124,6 +127,7 @@ def test_a_fifth_is_held_out_where_there_is_only_train(tmp_path):
     assert "10 of 50 images are held out" in dataset.notes[0]
 
 
+@pytest.mark.once
 def test_different_sizes_need_image_size(tmp_path):
     with pytest.raises(InputError, match=r"differ in size .*--image_size"):
         data.load("dskd_stripes_sizes", data_dir=tmp_path)
@@ -140,6 +144,7 @@ def test_sets_that_can_not_be_used(tmp_path):
     assert not any(tmp_path.iterdir())  # refused before anything was prepared
 
 
+@pytest.mark.once
 def test_data_that_can_not_be_had(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="ConnectionError: the site is gone") as caught:
         data.load("dskd_stripes_failing", data_dir=tmp_path)
@@ -155,6 +160,7 @@ def test_data_that_can_not_be_had(tmp_path, monkeypatch):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.once
 def test_damaged_data(tmp_path):
     data.load("dskd_stripes", data_dir=tmp_path)
     (record,) = (tmp_path / "dskd_stripes").glob("*/*train.tfrecord*")
@@ -165,6 +171,7 @@ def test_damaged_data(tmp_path):
         data.load("dskd_stripes", data_dir=tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "close"),
     [("cifar1000", "'cifar100'"), ("digit", "'digits'"), ("Cifar-100", "'cifar100'")],
@@ -176,6 +183,7 @@ def test_unknown_names_get_close_ones(tmp_path, name, close):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["cifar100/zzz", "cifar100:9.9.9", "nobody:cifar100"])
 def test_malformed_names_are_one_line(tmp_path, name):
     with pytest.raises(InputError, match=name.split(":")[0]) as caught:
@@ -183,6 +191,8 @@ def test_malformed_names_are_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.skipif(not (PREPARED / "cifar100").is_dir(), reason="no prepared CIFAR-100")
 def test_cifar100():
     dataset = data.load("cifar100", data_dir=PREPARED, train_examples=1000)

@@ -17,6 +17,8 @@ pytest.importorskip("tensorflow")
 
 from dskd_keras.data import tiny_imagenet  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "tiny-imagenet-200-sample.zip"
 # Label and colour of four classes, neither in the order of the labels nor in that of the colours.
 CLASSES = {

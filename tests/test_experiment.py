@@ -1,28 +1,46 @@
 """The command line, end to end, on images so small and few that a run takes seconds."""
 
 import csv
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import filelock
 import keras
 import numpy as np
 import pytest
+import small
 import yaml
 
 import dskd_keras
 import train
 from dskd_keras import InputError, data, models
-from dskd_keras.experiment import build, evaluation, saved_models, teachers, training
+from dskd_keras.experiment import (
+    build,
+    evaluation,
+    run_folder,
+    saved_models,
+    teachers,
+    training,
+)
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
 from dskd_keras.report import RunResult, results_table
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eagerly():
+    """TensorFlow would spend these tests on compiling; `test_a_compiled_run` does it once."""
+    with small.eagerly():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +113,15 @@ def test_a_run_leaves_what_it_promises(finished):
     assert metrics["weight_bytes"] == sum(4 * int(np.prod(v.shape)) for v in student.variables)
     page = (finished / "run" / "report.html").read_text()
     assert f"{100 * metrics['test_accuracy']:.2f}" in page
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the others compile anyway")
+def test_a_compiled_run(finished, images, tmp_path):
+    flags = ["--teacher_dir", finished / "teachers", "--method", "kd", "--epochs", 1]
+    with small.eagerly(False):
+        assert command(images, tmp_path, *flags, "--teacher_epochs", 2) == 0
+    rows = history(tmp_path / "run" / "kd" / "seed-0")
+    assert [row["epoch"] for row in rows] == ["1"] and np.isfinite(float(rows[0]["loss"]))
 
 
 def test_what_is_measured_on_the_test_set(finished, images):
@@ -188,6 +215,53 @@ def test_a_finished_run_is_kept(finished, images, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "holds a run of another configuration (temperature: 4.0 there, 3.0 here)" in message
     assert (student.stat().st_mtime_ns, student.read_bytes()) == before
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_kept(
+    finished, images, tmp_path, monkeypatch, capsys
+):
+    claimed = run_folder.claimed
+
+    def claimed_late(field, folder, *args):
+        # The other process ends between the first look at the folder and the claim.
+        shutil.copytree(finished / "run" / "dskd" / "seed-0", folder)
+        return claimed(field, folder, *args)
+
+    monkeypatch.setattr(run_folder, "claimed", claimed_late)
+    assert command(images, tmp_path, "--teacher_dir", finished / "teachers") == 0
+    printed = capsys.readouterr().out
+    assert "Seed 0 was finished before" in printed and "set aside" not in printed
+    (folder,) = (tmp_path / "run" / "dskd").glob("seed-*")
+    for name in ("student.keras", "metrics.json", "history.csv"):
+        expected = finished / "run" / "dskd" / "seed-0" / name
+        assert (folder / name).read_bytes() == expected.read_bytes()
+
+
+def test_a_finished_run_is_claimed_too(finished, images, capsys):
+    with filelock.FileLock(finished / "run" / "dskd" / ".seed-1.lock"):
+        assert command(images, finished, "--seeds", 0, 1, "--export") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: run_dir: another process is working in") and "\n" not in error
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch):
+    def acquire(self, *args, **kwargs):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    said = []
+    with run_folder.claimed("run_dir", tmp_path / "run", said.append):
+        assert (tmp_path / "run").is_dir()
+    assert len(said) == 1 and "can't be locked" in said[0] and "No locks available" in said[0]
+
+
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
+    model = models.create("resnet8", 3, (8, 8, 3))
+    models.create("resnet8", 5, (8, 8, 3)).save_weights(tmp_path / "five.weights.h5")
+    before = model.get_weights()
+    with pytest.raises(InputError, match=r"^teacher_weights: can't load .*five.weights.h5"):
+        saved_models.load_weights("teacher_weights", tmp_path / "five.weights.h5", model)
+    small.assert_same_bits(before, model.get_weights())
 
 
 def test_ce_builds_no_teacher_and_validation_chooses_the_best_epoch(

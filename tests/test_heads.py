@@ -198,7 +198,7 @@ def test_layers_without_a_usable_map_are_refused():
         "deep": "it gives float32 (None, 2, 4, 8, 2)",
     }.items():
         with pytest.raises(dskd_keras.InputError) as error:
-            heads.attach(student, [layer], (4, 4, 8), 3)
+            heads.attach(student, [layer], (4, 4, 8))
         assert f"student_layers: layer '{layer}' has no usable feature map" in str(error.value)
         assert reason in str(error.value)
     inputs = keras.Input((None, None, 2))
@@ -206,11 +206,11 @@ def test_layers_without_a_usable_map_are_refused():
     x = layers.GlobalAveragePooling2D(data_format="channels_last")(x)
     student = keras.Model(inputs, layers.Dense(3)(x))
     with pytest.raises(dskd_keras.InputError, match="with fixed sizes"):
-        heads.attach(student, ["unsized"], (4, 4, 8), 3)
+        heads.attach(student, ["unsized"], (4, 4, 8))
 
 
 def test_default_heads_are_small():
     student = dskd_keras.models.create("resnet32", 100, (32, 32, 3))
-    with_heads = heads.attach(student, ["stage1", "stage2"], (8, 8, 64), 100)
+    with_heads = heads.attach(student, ["stage1", "stage2"], (8, 8, 64))
     # The heads are training's alone, but a step pays for them.
     assert with_heads.count_params() < 1.07 * student.count_params()

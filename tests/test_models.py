@@ -11,7 +11,7 @@ import small
 
 from dskd_keras import graph, models
 from dskd_keras.errors import InputError
-from dskd_keras.models import catalog
+from dskd_keras.models import catalog, shufflenet
 
 # Most tests take 100 classes and 3 channels: JAX compiles a program for each new shape.
 
@@ -34,6 +34,7 @@ def count_parameters(model):
     return sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "size", "stages"),
     [
@@ -61,6 +62,7 @@ def test_shapes_follow_the_image(name, size, stages):
     assert len(model.get_layer("pool").output.shape) == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "size"), [("resnet8", 8), ("wrn_16_1", 8), ("vgg8", 16), ("ShuffleV2", 16)]
 )
@@ -82,6 +84,7 @@ LAST_MAPS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in LAST_MAPS), ("vgg8", 64)])
 def test_maps_tell_their_layout(name, size, channels_first):
     model = models.create(name, 100, (3, size, size))
@@ -95,6 +98,7 @@ def test_maps_tell_their_layout(name, size, channels_first):
         assert last.shape == (None, *first[2:], first[1])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", LAST_MAPS)
 def test_channels_first_names_the_format_in_every_layer(name, channels_first):
     model = models.create(name, 100, (3, 32, 32))
@@ -105,6 +109,7 @@ def test_channels_first_names_the_format_in_every_layer(name, channels_first):
             assert layer.axis == 1
 
 
+@pytest.mark.once
 def test_layers_say_where_they_are():
     model = models.create("resnet14", 100, (32, 32, 3))
     found = [layer.name for layer in model.layers]
@@ -121,6 +126,7 @@ def test_layers_say_where_they_are():
     assert found[-3:] == ["stage3", "pool", "logits"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", LAST_MAPS)
 def test_models_are_of_keras_own_layers(name):
     model = models.create(name, 100, (32, 32, 3))
@@ -136,6 +142,7 @@ def test_models_are_of_keras_own_layers(name):
             assert config[kind] is None or config[kind]["module"] == "keras.initializers"
 
 
+@pytest.mark.once
 def test_names_are_found_without_regard_to_case():
     assert models.names()[:2] == ["resnet8", "resnet14"]
     assert len(models.names()) == len({name.casefold() for name in models.names()}) >= 24
@@ -154,6 +161,7 @@ def test_the_catalog_has_the_families_models():
     ]
 
 
+@pytest.mark.once
 def test_the_catalog_needs_no_keras():
     script = """
 import os, sys
@@ -178,6 +186,7 @@ def fans(layer, kernel):
 
 # The references' convolutions: normal by fan_out with a bias of zero, or PyTorch's default. Their
 # linear layers: the standard deviation where it is not PyTorch's default, and whether a bias is.
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "normal", "linear_std", "zero_bias"),
     [
@@ -262,11 +271,14 @@ def test_training_lowers_the_loss(data_format, request):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_every_weight_is_trained_through_grouped_convolutions():
+def test_every_weight_is_trained_through_grouped_convolutions(monkeypatch):
+    # A stage of two blocks has what one of four has; the others have one, to compile less.
+    monkeypatch.setattr(shufflenet, "_BLOCKS", (2, 1, 1))
     images = np.random.default_rng(0).standard_normal((4, 16, 16, 3)).astype("float32")
     model = models.create("ShuffleV1", 100, (16, 16, 3))
     before = small.values(model.trainable_variables)
-    model.compile(keras.optimizers.SGD(0.01), small.crossentropy())
+    # At such a rate a tiny gradient shows: a normalisation undoes the scale of the one before it.
+    model.compile(keras.optimizers.SGD(100.0), small.crossentropy())
     loss = model.train_on_batch(images, np.arange(4))
     assert np.isfinite(loss)
     for variable, old in zip(model.trainable_variables, before, strict=True):
@@ -274,11 +286,12 @@ def test_every_weight_is_trained_through_grouped_convolutions():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_saved_model_loads_without_this_package(tmp_path):
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype("float32")
     np.save(tmp_path / "images.npy", images)
     expected = {}
-    for name in ("resnet8", "MobileNetV2", "ShuffleV2"):
+    for name in ("MobileNetV2", "ShuffleV2"):
         model = models.create(name, 100, (32, 32, 3))
         for weight in model.non_trainable_weights:  # statistics other than a fresh model's
             weight.assign(np.random.default_rng(1).uniform(0.5, 1.5, weight.shape))

@@ -15,9 +15,16 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import small
 
 import train
-from dskd_keras.experiment import checkpoints, evaluation, pipeline, training
+from dskd_keras.experiment import (
+    checkpoints,
+    evaluation,
+    pipeline,
+    saved_models,
+    training,
+)
 
 ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
@@ -38,13 +45,7 @@ FEWER_MOMENTS = ["teacher:step:3", "student:half:6", "student:step:7"]
 @pytest.fixture(scope="module", autouse=True)
 def _eagerly():
     """TensorFlow would spend these tests on compiling."""
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.run_functions_eagerly(True)
-        yield
-        tf.config.run_functions_eagerly(False)
-    else:
+    with small.eagerly():
         yield
 
 
@@ -227,6 +228,24 @@ def test_a_run_of_a_time_before_folding_is_not_taken_for_another(stopped, images
     assert command(images, folder, "--resume") == 2
     assert "(fold_teacher: False there, True here)" in capsys.readouterr().err
     assert command(images, folder, "--resume", "--fold_teacher", "false") == 0
+
+
+def test_an_interrupted_student_that_can_not_be_saved_is_said(begun, images, monkeypatch, capsys):
+    def fail(run, student, path):
+        raise OSError("the disk is away")
+
+    after_steps(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(saved_models, "save_student", fail)
+    assert command(images, begun) == 128 + signal.SIGINT
+    said = "The student so far can't be saved (the disk is away); --resume goes on."
+    assert said in capsys.readouterr().out
+
+
+def test_histories_of_earlier_versions_go_on_counted_from_1():
+    old = "epoch,loss\r\n0,2.5\r\n1,1.5\r\n"
+    assert training._counted_from_1(old) == "epoch,loss\r\n1,2.5\r\n2,1.5\r\n"
+    for text in ("epoch,loss\r\n1,2.5\r\n", "epoch,loss\r\n", ""):
+        assert training._counted_from_1(text) == text
 
 
 def test_two_signals_stop_at_once(begun, images, monkeypatch):

@@ -17,11 +17,14 @@ from dskd_keras.errors import InputError
 torch = pytest.importorskip("torch")
 
 REFERENCES = sorted((Path(__file__).parent / "reference").glob("*.json"))
-# One of each kind of layer, since most backends compile them for seconds; vgg8_64 has a map with as
-# many columns as channels.
+# One of each kind of layer; vgg8_64 has a map with as many columns as channels.
 CHANNELS_FIRST = ("MobileNetV2", "ShuffleV1", "ShuffleV2", "resnet8x4", "vgg8_64")
-# PyTorch, which compiles nothing, takes all of the larger images.
-LARGER = ("MobileNetV2_tinyimagenet_64", "resnet18_64", "vgg8_64")
+# PyTorch, which compiles nothing, takes all of the references, the other backends one of each kind:
+# blocks, stems, shortcuts, and images on which the stages halve differently.
+EVERYWHERE = (
+    "MobileNetV2", "MobileNetV2_tinyimagenet", "ShuffleV1", "ShuffleV2", "resnet8x4", "resnet18",
+    "vgg8_64", "wrn_16_2",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -65,6 +68,13 @@ def features_and_logits(model, images):
 
         # TensorFlow's own convolutions want channels last on a CPU.
         outputs = tf.function(tapped, jit_compile=True)(images)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        # Compiled whole: one by one, the operations take five times as long.
+        variables = (tapped.trainable_variables, tapped.non_trainable_variables)
+        values = [[variable.value for variable in some] for some in variables]
+        outputs, _ = jax.jit(tapped.stateless_call)(*values, images)
     else:
         outputs = tapped(keras.ops.convert_to_tensor(images), training=False)
     *features, logits = map(keras.ops.convert_to_numpy, outputs)
@@ -73,8 +83,7 @@ def features_and_logits(model, images):
 
 def cases():
     for path in REFERENCES:
-        larger = path.stem.endswith("_64") and path.stem not in LARGER
-        if larger and keras.backend.backend() != "torch":
+        if path.stem not in EVERYWHERE and keras.backend.backend() != "torch":
             continue
         yield pytest.param(path, "channels_last", id=path.stem)
         if path.stem in CHANNELS_FIRST:
@@ -126,6 +135,7 @@ def stem_kernel(model):
     return keras.ops.convert_to_numpy(model.get_layer("stem_conv").kernel)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
     "wrap",
@@ -162,6 +172,7 @@ def without(tensors, *keys):
     return {key: value for key, value in tensors.items() if key not in keys}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("change", "classes", "message"),
     [
@@ -205,6 +216,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.once
 def test_code_in_a_file_is_not_run(resnet8, tmp_path):
     for content in ({"model": resnet8, "x": Trap(tmp_path / "ran")}, torch.nn.Linear(2, 2)):
         torch.save(content, tmp_path / "x.pth")
@@ -218,6 +230,7 @@ def test_code_in_a_file_is_not_run(resnet8, tmp_path):
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.once
 def test_damaged_files_are_refused(resnet8, tmp_path):
     torch.save(resnet8, tmp_path / "good.pth")
     content = (tmp_path / "good.pth").read_bytes()
@@ -233,6 +246,7 @@ def test_damaged_files_are_refused(resnet8, tmp_path):
         models.load_torch_weights(create(), tmp_path / "absent.pth")
 
 
+@pytest.mark.once
 def test_a_model_of_ones_own_is_refused(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="mine")
     with pytest.raises(InputError, match=r"^model: 'mine' is not a model of the zoo"):
@@ -245,6 +259,7 @@ def test_a_model_of_ones_own_is_refused(tmp_path):
         models.load_torch_weights(wrapped, tmp_path / "x.pth")
 
 
+@pytest.mark.once
 def test_pytorch_is_asked_for_where_it_is_absent(tmp_path, monkeypatch):
     (tmp_path / "x.pth").touch()
     model = create()

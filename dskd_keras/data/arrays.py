@@ -19,17 +19,10 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 def allocate_images(shape: Sequence[int]) -> np.ndarray:
-    """Returns a zeroed uint8 array, on disk where it would take more than 4 GiB of memory.
+    """Returns zeros, uint8 `[N, H, W, C]`, on disk where they would take more than 4 GiB of memory.
 
-    Args:
-        shape: `(N, H, W, C)`.
-
-    Returns:
-        `np.ndarray` uint8. A large one is backed by a temporary file that has no name any more, so
-        it disappears with the array, even where the process is killed.
-
-    Raises:
-        InputError: The temporary folder has no room for it.
+    The temporary file behind a large array has no name any more, so it disappears with the array,
+    even where the process is killed. Raises `InputError` where there is no room for it.
     """
     size = math.prod(shape)
     if size <= IN_MEMORY_BYTES:
@@ -47,15 +40,7 @@ def allocate_images(shape: Sequence[int]) -> np.ndarray:
 
 
 def take(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns `images[indices]`, on disk where the result is large.
-
-    Args:
-        images: uint8 `[N, H, W, C]`.
-        indices: int `[M]`.
-
-    Returns:
-        uint8 `[M, H, W, C]`, never a view of `images`.
-    """
+    """Returns a copy of `images[indices]`, on disk where it is large."""
     taken = allocate_images((len(indices), *images.shape[1:]))
     for part in chunks(taken):
         taken[part] = images[indices[part]]
@@ -63,15 +48,7 @@ def take(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Returns the images at `size` × `size`, bilinear and antialiased, with Pillow.
-
-    Args:
-        images: uint8 `[N, H, W, C]`.
-        size: The new height and width, in pixels.
-
-    Returns:
-        uint8 `[N, size, size, C]`.
-    """
+    """Returns uint8 `[N, size, size, C]`, bilinear and antialiased, with Pillow."""
     if images.shape[1:3] == (size, size):
         return images
     pillow = needed("PIL.Image", "pillow")
@@ -87,20 +64,12 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def stratified_split(labels: np.ndarray, count: int, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the indices of `labels` so that both parts have the same mix of classes.
+    """Divides the indices of `labels`, int `[N]`, into `N - count` and `count`, both sorted.
 
-    Args:
-        labels: int `[N]`.
-        count: How many indices the second part holds.
-        field: The setting that asked for the split, for the error.
-
-    Returns:
-        `(rest, chosen)`: sorted int64 arrays of `N - count` and `count` indices, the same in every
-        call. A class of a single image stays in `rest`. Where `count` is smaller than the number
-        of classes the choice is random, since there is no mix of classes to keep.
-
-    Raises:
-        InputError: `rest` would have fewer images than there are classes.
+    Both parts have the same mix of classes, and every call gives the same. A class of a single
+    image stays in the first. Where `count` is smaller than the number of classes the choice is
+    random, since there is no mix to keep. Raises `InputError` about `field` where the first part
+    would lack a class.
     """
     train_test_split = needed("sklearn.model_selection", "scikit-learn").train_test_split
     _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
@@ -123,13 +92,9 @@ def stratified_split(labels: np.ndarray, count: int, field: str) -> tuple[np.nda
 
 
 def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Sets 20 % of the images apart as a test set, and at least one image a class.
+    """Sets 20 % of the images, and at least one a class, apart as a test set.
 
-    Args:
-        labels: int `[N]`.
-
-    Returns:
-        `(train, test, note)`: two sorted index arrays, and the sentence that tells the user.
+    Returns the sorted indices of both parts, and the sentence that tells the user.
     """
     count = max(round(HELD_OUT * len(labels)), len(np.unique(labels)))
     train, test = stratified_split(labels, count, "dataset")
@@ -138,41 +103,25 @@ def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and the standard deviation of each channel, of pixels in [0, 1].
+    """Returns each channel's mean and standard deviation, of pixels in [0, 1].
 
     Counts how often each of the 256 values occurs and sums in integers: this needs no float copy
     of the images, and the result, which enters a teacher's fingerprint, is the same on every
-    machine.
-
-    Args:
-        images: uint8 `[N, H, W, C]`.
-
-    Returns:
-        Two tuples of C floats. The standard deviation of a constant channel is given as 1, so that
-        dividing by it leaves zeros.
+    machine. The deviation of a constant channel is given as 1: dividing by it leaves zeros.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
     for part in chunks(images):
-        pixels = images[part].reshape(-1, channels)
-        for channel in range(channels):
-            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
-    means, deviations = [], []
-    for of_channel in counts.tolist():
-        number = sum(of_channel)
-        total = sum(value * count for value, count in enumerate(of_channel))
-        squares = sum(value**2 * count for value, count in enumerate(of_channel))
-        means.append(total / (255 * number))
-        variance = (number * squares - total**2) / (255 * number) ** 2
-        deviations.append(math.sqrt(variance) or 1.0)
-    return tuple(means), tuple(deviations)
+        for channel, pixels in enumerate(images[part].reshape(-1, channels).T):
+            counts[channel] += np.bincount(pixels, minlength=256)
+    # Python's integers: the squares of the sums don't fit in 64 bits.
+    exact, values = counts.astype(object), np.arange(256).astype(object)
+    number, total, squares = exact.sum(axis=1), exact @ values, exact @ values**2
+    variances = (number * squares - total**2) / (255 * number) ** 2
+    return tuple(total / (255 * number)), tuple(math.sqrt(each) or 1.0 for each in variances)
 
 
 def chunks(images: np.ndarray) -> list[slice]:
-    """Returns slices that divide `images` into parts of at most 64 MiB (or one image).
-
-    Args:
-        images: uint8 `[N, H, W, C]`.
-    """
+    """Returns slices that divide `[N, H, W, C]` into parts of at most 64 MiB (or one image)."""
     step = max(1, _CHUNK_BYTES // max(1, math.prod(images.shape[1:])))
     return [slice(start, start + step) for start in range(0, len(images), step)]

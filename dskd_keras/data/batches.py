@@ -1,6 +1,5 @@
 """Batches for training, augmented anew each epoch, and for evaluation."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -8,8 +7,7 @@ import keras
 import numpy as np
 
 from dskd_keras import checks
-from dskd_keras.data.dataset import check_augmentation
-from dskd_keras.errors import InputError
+from dskd_keras.data.dataset import check_arrays, check_augmentation
 
 PADDING = 4
 # Which of the images: indices `[B]`, or a part of them in order.
@@ -39,16 +37,35 @@ def normalize(images: np.ndarray, mean: _Floats, std: _Floats) -> np.ndarray:
     return rows.reshape(images.shape)
 
 
-def crop(images: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
+class _Augmentation:
+    """Crops and mirrorings of `count` images, drawn at random."""
+
+    def __init__(self, name: str, count: int, rng: np.random.Generator) -> None:
+        check_augmentation(name)
+        self._corners: np.ndarray | None = None
+        self._flipped: np.ndarray | None = None
+        if name != "none":
+            # As bytes: the fixed views of a whole data set are kept.
+            self._corners = rng.integers(0, 2 * PADDING + 1, size=(2, count)).astype(np.uint8)
+        if name == "crop_flip":
+            self._flipped = rng.random(count) < 0.5
+
+    def __call__(self, images: np.ndarray, chosen: _Chosen = slice(None)) -> np.ndarray:
+        """Returns `images`, uint8 `[B, H, W, C]`, as drawn for the `chosen` ones."""
+        if self._corners is not None:
+            images = _crop(images, *self._corners[:, chosen].astype(np.intp))
+        if self._flipped is not None:
+            # Pixels as single items: reversing an axis of three-byte rows takes twice as long.
+            pixels = images.view(f"V{images.shape[-1]}")[..., 0]
+            flipped = self._flipped[chosen]
+            pixels[flipped] = pixels[flipped, :, ::-1]
+        return images
+
+
+def _crop(images: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
     """Pads each image with 4 black pixels on every side and cuts a window out.
 
-    Args:
-        images: uint8 `[B, H, W, C]`.
-        top: Integers from 0 to 8, `[B]`: the window's first row, for each image.
-        left: Integers from 0 to 8, `[B]`: its first column.
-
-    Returns:
-        uint8 `[B, H, W, C]`.
+    The windows' first rows and columns are integers from 0 to 8, `[B]`.
     """
     batch, height, width, channels = images.shape
     padded = np.zeros((batch, height + 2 * PADDING, (width + 2 * PADDING) * channels), images.dtype)
@@ -61,59 +78,12 @@ def crop(images: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
     return windows[np.arange(batch), top, left * channels].reshape(images.shape)
 
 
-def flip(images: np.ndarray, flipped: np.ndarray) -> np.ndarray:
-    """Mirrors some images left to right.
-
-    Args:
-        images: uint8 `[B, H, W, C]`, contiguous. Changed in place.
-        flipped: bool `[B]`: which.
-
-    Returns:
-        `images`.
-    """
-    # Pixels as single items: reversing an axis of three-byte rows takes twice as long.
-    pixels = images.view(f"V{images.shape[-1]}")[..., 0]
-    pixels[flipped] = pixels[flipped, :, ::-1]
-    return images
-
-
-class Augmentation:
-    """What is done to each of some images, drawn at random: crops and mirrorings.
-
-    Args:
-        name: `"crop_flip"`, `"crop"` or `"none"`.
-        count: Number of images, N.
-        rng: `np.random.Generator`.
-
-    Raises:
-        InputError: The name is unknown.
-    """
-
-    def __init__(self, name: str, count: int, rng: np.random.Generator) -> None:
-        check_augmentation(name)
-        self._corner: np.ndarray | None = None
-        self._flipped: np.ndarray | None = None
-        if name != "none":
-            # As bytes: the fixed views of a whole data set are kept.
-            self._corner = rng.integers(0, 2 * PADDING + 1, size=(2, count)).astype(np.uint8)
-        if name == "crop_flip":
-            self._flipped = rng.random(count) < 0.5
-
-    def __call__(self, images: np.ndarray, chosen: _Chosen = slice(None)) -> np.ndarray:
-        """Returns the images, cropped and mirrored.
-
-        Args:
-            images: uint8 `[B, H, W, C]`.
-            chosen: Which of the N images they are: indices `[B]`. Defaults to all N.
-
-        Returns:
-            uint8 `[B, H, W, C]`.
-        """
-        if self._corner is not None:
-            images = crop(images, *self._corner[:, chosen].astype(np.intp))
-        if self._flipped is not None:
-            images = flip(images, self._flipped[chosen])
-        return images
+def _to_input(images: np.ndarray, mean: _Floats, std: _Floats) -> np.ndarray:
+    """Returns normalised images in Keras's image data format."""
+    x = normalize(images, mean, std)
+    if keras.config.image_data_format() == "channels_first":
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return x
 
 
 class FixedViews:
@@ -134,9 +104,9 @@ class FixedViews:
     ) -> None:
         self.images = images
         self.count = count
-        self._to_input = functools.partial(to_input, mean=mean, std=std)
+        self._normalization = (mean, std)
         self._views = [
-            Augmentation(augmentation, len(images), np.random.default_rng(view))
+            _Augmentation(augmentation, len(images), np.random.default_rng(view))
             for view in range(count)
         ]
 
@@ -151,7 +121,7 @@ class FixedViews:
             float32 `[B, H, W, C]`, or `[B, C, H, W]` where Keras's image data format is
             `"channels_first"`.
         """
-        return self._to_input(self._views[view](self.images[chosen], chosen))
+        return _to_input(self._views[view](self.images[chosen], chosen), *self._normalization)
 
 
 class _Batches(keras.utils.PyDataset):
@@ -161,13 +131,7 @@ class _Batches(keras.utils.PyDataset):
         self, images: np.ndarray, labels: np.ndarray, batch_size: int, mean: _Floats, std: _Floats
     ) -> None:
         super().__init__(workers=1)
-        if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
-            raise InputError(
-                f"images: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C], N"
-                " above 0, and uint8."
-            )
-        if labels.shape != (len(images),):
-            raise InputError(f"labels: shape {labels.shape} should be ({len(images)},).")
+        check_arrays("images", images, "labels", labels)
         self.images = images
         self.labels = labels.astype(np.int32)
         self.batch_size = checks.whole("batch_size", batch_size, 1)
@@ -178,14 +142,6 @@ class _Batches(keras.utils.PyDataset):
     def steps_per_epoch(self) -> int:
         """Batches that hold each image once, the smaller last one included."""
         return math.ceil(len(self.images) / self.batch_size)
-
-    def _batch(
-        self, chosen: _Chosen, augmentation: Augmentation | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        images = self.images[chosen]
-        if augmentation is not None:
-            images = augmentation(images)
-        return to_input(images, self.mean, self.std), self.labels[chosen]
 
 
 class TrainingBatches(_Batches):
@@ -258,14 +214,11 @@ class TrainingBatches(_Batches):
         """
         epoch, step, chosen = self.place(index)
         rng = np.random.default_rng([self.seed, epoch, step + 1])
-        return self._batch(chosen, Augmentation(self.augmentation, len(chosen), rng))
+        images = _Augmentation(self.augmentation, len(chosen), rng)(self.images[chosen])
+        return _to_input(images, self.mean, self.std), self.labels[chosen]
 
     def place(self, index: int) -> tuple[int, int, np.ndarray]:
-        """Returns `(epoch, step, chosen)` of batch `index`; `chosen` are the images' indices `[B]`.
-
-        Args:
-            index: Non-negative integer, counted from `first_batch`.
-        """
+        """Returns the epoch and the step of batch `index`, and its images' indices `[B]`."""
         epoch, step = divmod(self.first_batch + index, self.steps_per_epoch)
         start = step * self.batch_size
         return epoch, step, self._permutation(epoch)[start : start + self.batch_size]
@@ -309,12 +262,5 @@ class EvaluationBatches(_Batches):
         """
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of {self.num_batches}")
-        return self._batch(slice(index * self.batch_size, (index + 1) * self.batch_size))
-
-
-def to_input(images: np.ndarray, mean: _Floats, std: _Floats) -> np.ndarray:
-    """Returns normalised images in Keras's image data format; see `normalize`."""
-    x = normalize(images, mean, std)
-    if keras.config.image_data_format() == "channels_first":
-        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return x
+        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return _to_input(self.images[part], self.mean, self.std), self.labels[part]

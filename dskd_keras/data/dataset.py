@@ -18,28 +18,23 @@ def check_augmentation(name: str) -> None:
         raise unknown_name("augmentation", name, AUGMENTATIONS)
 
 
+def check_arrays(x: str, images: np.ndarray, y: str, labels: np.ndarray) -> None:
+    """Raises `InputError` unless images, in field `x`, and labels, in `y`, can be trained on."""
+    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
+        raise InputError(
+            f"{x}: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C], none of"
+            " them 0, and uint8."
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"{y}: shape {labels.shape} and dtype {labels.dtype} should be ({len(images)},), as"
+            f" many labels as there are images in {x}, and integer."
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedImages:
-    """Images and labels for classification, checked.
-
-    Attributes:
-        name: What tables and pictures call it.
-        x_train: uint8 `[N, H, W, C]`, pixels in [0, 255].
-        y_train: int32 `[N]`, classes from 0.
-        x_test: uint8 `[M, H, W, C]`.
-        y_test: int32 `[M]`.
-        class_names: One name a class, in the order of the labels.
-        mean: Mean of each channel, of pixels in [0, 1], or `None` where it isn't known yet.
-        std: Standard deviation of each channel, of pixels in [0, 1] and positive, or `None`.
-        x_validation: uint8 `[K, H, W, C]`, or `None` without a validation split.
-        y_validation: int32 `[K]`, or `None`.
-        augmentation: `"crop_flip"`, `"crop"` or `"none"`: what suits these images by default.
-        notes: Sentences that a user should read before trusting a number.
-
-    Raises:
-        InputError: A part is empty, has images of another type or size, or labels that don't fit
-            its images or the classes.
-    """
+    """What `ImageDataset` holds and checks, with a normalisation that may not be known yet."""
 
     name: str
     x_train: np.ndarray
@@ -55,6 +50,7 @@ class LoadedImages:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_augmentation(self.augmentation)
         if (self.x_validation is None) != (self.y_validation is None):
             raise InputError("x_validation and y_validation: give both or neither.")
         if self.num_classes < 2:
@@ -63,8 +59,20 @@ class LoadedImages:
                 " two."
             )
         for part in ("train", "test", *([] if self.x_validation is None else ["validation"])):
-            self._check_part(part)
-        check_augmentation(self.augmentation)
+            x, y = f"x_{part}", f"y_{part}"
+            images, labels = getattr(self, x), getattr(self, y)
+            check_arrays(x, images, y, labels)
+            if images.shape[1:] != self.input_shape:
+                raise InputError(
+                    f"{x}: images of shape {images.shape[1:]} should have the shape of the training"
+                    f" images, {self.input_shape}."
+                )
+            low, high, most = int(labels.min()), int(labels.max()), self.num_classes - 1
+            if low < 0 or high > most:
+                raise InputError(
+                    f"{y}: labels from {low} to {high} should lie in 0 … {most}, the"
+                    f" {self.num_classes} classes."
+                )
 
     @property
     def num_classes(self) -> int:
@@ -77,48 +85,29 @@ class LoadedImages:
         height, width, channels = self.x_train.shape[1:]
         return height, width, channels
 
-    def _check_part(self, part: str) -> None:
-        x, y = f"x_{part}", f"y_{part}"
-        images, labels = getattr(self, x), getattr(self, y)
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise InputError(
-                f"{x}: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C] and"
-                " uint8."
-            )
-        if len(images) == 0:
-            raise InputError(f"{x}: the data set {self.name!r} has no images in this part.")
-        if 0 in images.shape:
-            raise InputError(f"{x}: images of shape {images.shape[1:]} have no pixels.")
-        if images.shape[1:] != self.x_train.shape[1:]:
-            raise InputError(
-                f"{x}: images of shape {images.shape[1:]} should have the shape of the training"
-                f" images, {self.x_train.shape[1:]}."
-            )
-        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-            raise InputError(
-                f"{y}: shape {labels.shape} and dtype {labels.dtype} should be [N] and integer."
-            )
-        if len(labels) != len(images):
-            raise InputError(
-                f"{y}: {len(labels)} labels should be as many as the {len(images)} images in {x}."
-            )
-        low, high, most = int(labels.min()), int(labels.max()), self.num_classes - 1
-        if low < 0 or high > most:
-            raise InputError(
-                f"{y}: labels from {low} to {high} should lie in 0 … {most}, the"
-                f" {self.num_classes} classes."
-            )
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset(LoadedImages):
     """Images and labels for classification, checked, with their normalisation.
 
-    Args and attributes are those of `LoadedImages`. Where `mean` or `std` is not given, it is
-    measured on the training images.
+    Attributes:
+        name: What tables and pictures call it.
+        x_train: uint8 `[N, H, W, C]`, pixels in [0, 255].
+        y_train: int32 `[N]`, classes from 0.
+        x_test: uint8 `[M, H, W, C]`.
+        y_test: int32 `[M]`.
+        class_names: One name a class, in the order of the labels.
+        mean: Mean of each channel, of pixels in [0, 1]. Defaults to that of the training images.
+        std: Standard deviation of each channel, of pixels in [0, 1] and positive. Defaults to that
+            of the training images.
+        x_validation: uint8 `[K, H, W, C]`, or `None` without a validation split.
+        y_validation: int32 `[K]`, or `None`.
+        augmentation: `"crop_flip"`, `"crop"` or `"none"`: what suits these images by default.
+        notes: Sentences that a user should read before trusting a number.
 
     Raises:
-        InputError: As for `LoadedImages`, or the normalisation doesn't fit the images.
+        InputError: A part is empty, has images of another type or size, or labels that don't fit
+            its images or the classes; or the normalisation doesn't fit the images.
     """
 
     mean: tuple[float, ...] = None  # type: ignore[assignment]
@@ -126,19 +115,15 @@ class ImageDataset(LoadedImages):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        channels = self.x_train.shape[3]
         if self.mean is None or self.std is None:
             mean, std = arrays.channel_statistics(self.x_train)
             object.__setattr__(self, "mean", mean if self.mean is None else self.mean)
             object.__setattr__(self, "std", std if self.std is None else self.std)
+        channels = self.x_train.shape[3]
         for field in ("mean", "std"):
-            values = np.asarray(getattr(self, field), np.float64)
-            if values.shape != (channels,) or not np.isfinite(values).all():
-                raise wrong(
-                    field,
-                    getattr(self, field),
-                    f"one finite number for each of the {channels} channels",
-                )
+            values = getattr(self, field)
+            if np.shape(values) != (channels,) or not np.isfinite(values).all():
+                raise wrong(field, values, f"one finite number for each of the {channels} channels")
         if min(self.std) <= 0:
             raise wrong("std", self.std, "positive in every channel")
 

@@ -6,21 +6,12 @@ from typing import Literal
 
 from dskd_keras.errors import InputError, wrong
 
-Kind = Literal["digits", "npz", "folder", "tfds"]
 
+def kind(dataset: str | os.PathLike[str]) -> Literal["digits", "npz", "folder", "tfds"]:
+    """Returns what a data set's name, as `dskd_keras.data.load` takes it, stands for.
 
-def kind(dataset: str | os.PathLike[str]) -> Kind:
-    """Returns what a data set's name stands for.
-
-    Args:
-        dataset: As `dskd_keras.data.load` takes it.
-
-    Returns:
-        `"digits"` for scikit-learn's digits, `"npz"` for a NumPy archive, `"folder"` for a folder
-        of images, or `"tfds"` for a name of TensorFlow Datasets, which may be unknown there.
-
-    Raises:
-        InputError: It is a path, and no such file or folder exists.
+    `"tfds"` is any other name; TensorFlow Datasets may not know it. Raises `InputError` where the
+    name is a path and nothing is there.
     """
     name = str(dataset)
     if name == "digits":
@@ -30,14 +21,12 @@ def kind(dataset: str | os.PathLike[str]) -> Kind:
         if not path.exists():
             raise InputError(f"dataset: there is no file {path}.")
         return "npz"
-    if path.is_dir() and not _is_tfds_folder(path, name):
+    # In a folder of TFDS data, "cifar100" is both the set's name and the folder that it is in.
+    of_tfds = name == path.name and any(
+        any(path.glob(pattern)) for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
+    )
+    if path.is_dir() and not of_tfds:
         return "folder"
     if path.is_absolute() or name.startswith((".", "~")):
         raise wrong("dataset", name, "an existing folder of images or a .npz file")
     return "tfds"
-
-
-def _is_tfds_folder(path: Path, name: str) -> bool:
-    # In a folder of TFDS data, "cifar100" is both the set's name and the folder that it is in.
-    patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
-    return name == path.name and any(any(path.glob(pattern)) for pattern in patterns)

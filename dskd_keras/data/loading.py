@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from numbers import Integral
 
 import numpy as np
 
@@ -48,7 +47,18 @@ def load(
     if image_size is not None:
         image_size = checks.whole("image_size", image_size, 1)
     validation_fraction = checks.real("validation_fraction", validation_fraction, least=0, below=1)
-    loaded = _load_all(dataset, data_dir, image_size)
+    kind = kinds.kind(dataset)
+    if kind == "digits":
+        loaded = sources.load_digits(image_size)
+    elif kind == "npz":
+        loaded = sources.load_npz(dataset, image_size)
+    elif kind == "folder":
+        loaded = sources.load_folder(dataset, image_size)
+    else:
+        # Imported here: everything else works where TensorFlow is not installed.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        tfds = needed("dskd_keras.data.tfds", "tensorflow-datasets", "tfds")
+        loaded = tfds.load_tfds(str(dataset), data_dir, image_size)
     if train_examples is not None:
         loaded = _keep(loaded, _subset(loaded.y_train, train_examples))
     if validation_fraction:
@@ -65,21 +75,6 @@ def load(
     return ImageDataset(**vars(loaded) | {"notes": notes})
 
 
-def _load_all(dataset: AnyPath, data_dir: AnyPath | None, image_size: int | None) -> LoadedImages:
-    match kinds.kind(dataset):
-        case "digits":
-            return sources.load_digits(image_size)
-        case "npz":
-            return sources.load_npz(dataset, image_size)
-        case "folder":
-            return sources.load_folder(dataset, image_size)
-        case "tfds":
-            # Imported here: everything else works where TensorFlow is not installed.
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            tfds = needed("dskd_keras.data.tfds", "tensorflow-datasets", "tfds")
-            return tfds.load_tfds(str(dataset), data_dir, image_size)
-
-
 def _keep(loaded: LoadedImages, chosen: np.ndarray) -> LoadedImages:
     """Returns the data with the `chosen` training images alone."""
     return dataclasses.replace(
@@ -89,7 +84,7 @@ def _keep(loaded: LoadedImages, chosen: np.ndarray) -> LoadedImages:
 
 def _subset(labels: np.ndarray, train_examples: int) -> np.ndarray:
     classes, most = len(np.unique(labels)), len(labels)
-    if not isinstance(train_examples, Integral) or not classes <= train_examples <= most:
+    if not classes <= checks.whole("train_examples", train_examples, 0) <= most:
         raise wrong(
             "train_examples",
             train_examples,

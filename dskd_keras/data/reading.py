@@ -15,16 +15,7 @@ _T = TypeVar("_T")
 
 
 def needed(module: str, package: str, extra: str = "train") -> Any:
-    """Returns a module of a package that may not be installed.
-
-    Args:
-        module: The module's name.
-        package: The package that it comes with.
-        extra: The extra of this project that brings the package.
-
-    Raises:
-        InputError: It is not installed.
-    """
+    """Returns a module, or raises `InputError` where the package that brings it isn't installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -33,12 +24,9 @@ def needed(module: str, package: str, extra: str = "train") -> Any:
 
 @contextlib.contextmanager
 def refused(problem: str, errors: type[Exception] = Exception, remedy: str = "") -> Iterator[None]:
-    """A context that turns errors of a library into an `InputError`.
+    """Turns a library's errors into an `InputError`: `PROBLEM (the error)REMEDY.`
 
-    Args:
-        problem: What the message begins with; the error follows in brackets.
-        errors: Which. Defaults to all: broken data leads decoders and archives to many.
-        remedy: What the message ends with.
+    By default all kinds: broken data leads decoders and archives to many.
     """
     try:
         yield

@@ -22,12 +22,8 @@ _FILES_A_TASK = 64
 def load_digits(image_size: int | None = None) -> LoadedImages:
     """Loads scikit-learn's 1,797 handwritten digits, which need no download.
 
-    Args:
-        image_size: Height and width in pixels. Defaults to 32, the size the CIFAR models expect;
-            the originals have 8.
-
-    Returns:
-        `LoadedImages` with three equal channels; about 20 % of the images are the test set.
+    They have 8 pixels a side; by default they are resized to 32, which the CIFAR models expect.
+    Their three channels are equal.
     """
     digits = needed("sklearn.datasets", "scikit-learn").load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -54,16 +50,6 @@ def load_npz(path: AnyPath, image_size: int | None = None) -> LoadedImages:
     numbers in [0, 255] that go above 1. Labels are integers `[N]` or `[N, 1]`. An optional array
     `class_names` holds one string a class; without it the classes are numbered up to the largest
     training label.
-
-    Args:
-        path: The file.
-        image_size: Height and width to which the images are resized, or `None`.
-
-    Returns:
-        `LoadedImages`.
-
-    Raises:
-        InputError: The file can't be read or lacks an array, or an array can't be used.
     """
     path = Path(path).expanduser()
     content = _read_npz(path)
@@ -77,11 +63,9 @@ def load_npz(path: AnyPath, image_size: int | None = None) -> LoadedImages:
     y_train, y_test = (_as_labels(path, key, content[key]) for key in ("y_train", "y_test"))
     if image_size:
         x_train, x_test = arrays.resize(x_train, image_size), arrays.resize(x_test, image_size)
-    if "class_names" in content:
-        class_names = tuple(str(name) for name in content["class_names"].ravel())
-    else:
-        class_names = tuple(str(label) for label in range(int(y_train.max(initial=-1)) + 1))
-    return LoadedImages(path.stem, x_train, y_train, x_test, y_test, class_names)
+    class_names = content.get("class_names", np.arange(int(y_train.max(initial=-1)) + 1))
+    names = tuple(str(name) for name in class_names.ravel())
+    return LoadedImages(path.stem, x_train, y_train, x_test, y_test, names)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -97,130 +81,92 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return {key: archive[key] for key in archive.files}
 
 
-def _as_images(path: Path, content: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+def _as_images(path: Path, content: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Brings `x_train` and `x_test` to uint8 `[N, H, W, C]`, both by the same rule."""
-    images = [content["x_train"], content["x_test"]]
-    fields = [f"dataset: {key} in {path}" for key in ("x_train", "x_test")]
-    for index, (field, array) in enumerate(zip(fields, images, strict=True)):
-        if array.ndim == 3:
-            images[index] = array = array[..., None]
-        if array.ndim != 4:
-            raise InputError(f"{field}: shape {array.shape} should be [N, H, W, C] or [N, H, W].")
-        if array.shape[1] <= 4 < array.shape[3]:
+    is_float = content["x_train"].dtype.kind == "f"
+    scale = 255 if is_float and content["x_train"].max(initial=0) <= 1 else 1
+    converted = []
+    for key in ("x_train", "x_test"):
+        field, images = f"dataset: {key} in {path}", content[key]
+        if images.ndim not in (3, 4) or 0 in images.shape or images.dtype.kind not in "uif":
             raise InputError(
-                f"{field}: shape {array.shape} looks like [N, C, H, W]; the channels should come"
+                f"{field}: shape {images.shape} and dtype {images.dtype} should be [N, H, W, C] or"
+                " [N, H, W], none of them 0, and uint8."
+            )
+        if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
+            raise InputError(
+                f"{field}: shape {images.shape} looks like [N, C, H, W]; the channels should come"
                 " last."
             )
-        if array.size == 0:
-            raise InputError(f"{field}: shape {array.shape} holds no pixels.")
-        if array.dtype.kind not in "uif":
-            raise InputError(f"{field}: dtype {array.dtype} should be uint8.")
-    is_float = [array.dtype.kind == "f" for array in images]
-    if is_float[0] != is_float[1]:
-        raise InputError(
-            f"{fields[1]}: dtype {images[1].dtype} should be that of x_train, {images[0].dtype}."
-        )
-    scale = _float_scale(fields[0], images[0]) if is_float[0] else 1
-    return tuple(
-        _to_uint8(field, array, scale) for field, array in zip(fields, images, strict=True)
-    )
-
-
-def _float_scale(field: str, images: np.ndarray) -> int:
-    """Returns what brings float images to [0, 255], or refuses where that can't be known."""
-    largest, whole = images.max(), _is_whole(images)
-    if largest <= 1 and not whole:
-        return 255
-    if largest > 1 and whole:
-        return 1
-    raise InputError(
-        f"{field}: {images.dtype} values from {images.min():g} to {largest:g} should be fractions"
-        " in [0, 1] or whole numbers in [0, 255]; save the images as uint8."
-    )
-
-
-def _to_uint8(field: str, images: np.ndarray, scale: int) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return images
-    low, high = images.min(), images.max()
-    # Written so that a NaN fails it too.
-    if not (low >= 0 and high * scale <= 255 and (scale != 1 or _is_whole(images))):
-        kind = "whole numbers" if scale == 1 else "fractions, as in x_train,"
-        raise InputError(
-            f"{field}: {images.dtype} values from {low:g} to {high:g} should be {kind} in"
-            f" [0, {255 // scale}]; save the images as uint8."
-        )
-    return np.rint(images * scale).astype(np.uint8) if scale != 1 else images.astype(np.uint8)
-
-
-def _is_whole(images: np.ndarray) -> bool:
-    return images.dtype.kind != "f" or bool((images == np.rint(images)).all())
+        if (images.dtype.kind == "f") != is_float:
+            raise InputError(
+                f"{field}: dtype {images.dtype} should be that of x_train,"
+                f" {content['x_train'].dtype}."
+            )
+        low, high = images.min(), images.max()
+        whole = not is_float or (images == np.rint(images)).all()
+        # In x_train, nothing but 0 and 1 may be either. Written so that a NaN fails it too.
+        known = whole if scale == 1 else not (whole and key == "x_train")
+        if not (known and low >= 0 and high * scale <= 255):
+            raise InputError(
+                f"{field}: {images.dtype} values from {low:g} to {high:g} should be fractions in"
+                " [0, 1] or whole numbers in [0, 255], as in x_train; save the images as uint8."
+            )
+        images = np.rint(images * scale) if scale > 1 else images
+        converted.append(images.astype(np.uint8).reshape(*images.shape[:3], -1))
+    return converted
 
 
 def _as_labels(path: Path, key: str, labels: np.ndarray) -> np.ndarray:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+    is_whole = labels.ndim == 1 and labels.dtype.kind in "ui"
+    if not is_whole or (labels != labels.astype(np.int32)).any():
         raise InputError(
             f"dataset: {key} in {path}: shape {labels.shape} and dtype {labels.dtype} should be [N]"
-            " or [N, 1] of integers from 0."
+            " or [N, 1] of integers from 0, in 32 bits."
         )
-    bounds = np.iinfo(np.int32)
-    if len(labels) and not bounds.min <= labels.min() <= labels.max() <= bounds.max:
-        raise InputError(f"dataset: {key} in {path}: label {labels.max()} is out of all range.")
     return labels.astype(np.int32)
 
 
 def load_folder(path: AnyPath, image_size: int | None = None) -> LoadedImages:
-    """Loads images that are sorted into one folder a class.
+    """Loads images that are sorted into one folder a class, in the order of the classes' names.
 
     Two layouts are read: `DIR/train/CLASS/*` with `DIR/test/CLASS/*` (or `val`, `validation`,
     `valid`), and `DIR/CLASS/*`. Where there is no test folder, 20 % of the images are held out.
     Images become RGB; files that are no images are passed over.
-
-    Args:
-        path: The folder.
-        image_size: Height and width to which the images are resized, or `None` where all have one
-            size.
-
-    Returns:
-        `LoadedImages`, classes in the order of their names.
-
-    Raises:
-        InputError: There are no class folders or no images, an image can't be read, sizes
-            differ, or the test part has a class that the training part lacks.
     """
     path = Path(path).expanduser()
-    notes = []
     parts = [name for name in _TEST_FOLDERS if (path / name).is_dir()]
     has_train = (path / "train").is_dir()
     if parts and not has_train:
         raise InputError(f"dataset: {path} has a folder {parts[0]!r} but no folder 'train'.")
-    train = _list_classes(path / "train" if has_train else path)
-    class_names = tuple(train)
-    train_files, train_labels = _list_files(train, class_names)
+    classes = _list_classes(path / "train" if has_train else path)
+    class_names = tuple(classes)
+    files, labels = _list_files(classes, class_names)
     if parts:
         test = _list_classes(path / parts[0])
-        unknown = [name for name in test if name not in train]
+        unknown = [name for name in test if name not in classes]
         if unknown:
             raise InputError(
                 f"dataset: {path / parts[0]} has the class {unknown[0]!r}, which {path / 'train'}"
                 " lacks."
             )
+        notes = [f"the folder {name!r} is not used" for name in parts[1:]]
+        count = len(files)
         test_files, test_labels = _list_files(test, class_names)
-        notes += [f"the folder {name!r} is not used" for name in parts[1:]]
+        files, labels = [*files, *test_files], np.concatenate([labels, test_labels])
     else:
-        kept, held_out, note = arrays.hold_out(train_labels)
-        test_files, test_labels = [train_files[i] for i in held_out], train_labels[held_out]
-        train_files, train_labels = [train_files[i] for i in kept], train_labels[kept]
-        notes.append(note)
-    images = _decode_files([*train_files, *test_files], image_size)
+        kept, held_out, note = arrays.hold_out(labels)
+        notes, count, order = [note], len(kept), np.concatenate([kept, held_out])
+        files, labels = [files[index] for index in order], labels[order]
+    images = _decode_files(files, image_size)
     return LoadedImages(
         name=path.resolve().name,
-        x_train=images[: len(train_files)],
-        y_train=train_labels,
-        x_test=images[len(train_files) :],
-        y_test=test_labels,
+        x_train=images[:count],
+        y_train=labels[:count],
+        x_test=images[count:],
+        y_test=labels[count:],
         class_names=class_names,
         notes=tuple(notes),
     )
@@ -229,15 +175,14 @@ def load_folder(path: AnyPath, image_size: int | None = None) -> LoadedImages:
 def _list_classes(folder: Path) -> dict[str, list[Path]]:
     """Returns the image files of each class folder, both sorted by name."""
     with refused(f"dataset: {folder} can't be read", OSError):
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        names = [name for name in names if not name.startswith((".", "__"))]
         classes = {
-            name: sorted(
+            entry.name: sorted(
                 file
-                for file in (folder / name).iterdir()
+                for file in entry.iterdir()
                 if file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith(".")
             )
-            for name in names
+            for entry in sorted(folder.iterdir())
+            if entry.is_dir() and not entry.name.startswith((".", "__"))
         }
     if not classes:
         raise InputError(f"dataset: {folder} should hold one folder a class, and holds none.")
@@ -253,11 +198,10 @@ def _list_classes(folder: Path) -> dict[str, list[Path]]:
 def _list_files(
     classes: Mapping[str, Sequence[Path]], class_names: Sequence[str]
 ) -> tuple[list[Path], np.ndarray]:
-    """Returns all files, class after class, and their labels int32 `[N]`."""
-    label_of = {name: label for label, name in enumerate(class_names)}
+    """Returns all files, class after class, and their labels, int32 `[N]`."""
     files = [file for of_class in classes.values() for file in of_class]
-    labels = [label_of[name] for name, of_class in classes.items() for _ in of_class]
-    return files, np.asarray(labels, np.int32)
+    labels = [class_names.index(name) for name in classes]
+    return files, np.repeat(np.asarray(labels, np.int32), [*map(len, classes.values())])
 
 
 def _decode_files(files: Sequence[Path], image_size: int | None) -> np.ndarray:
@@ -282,10 +226,7 @@ def _decode_files(files: Sequence[Path], image_size: int | None) -> np.ndarray:
 
 def _decode(file: Path, image_size: int | None) -> np.ndarray:
     pillow = needed("PIL.Image", "pillow")
-    with (
-        refused(f"dataset: {file} can't be read as an image"),
-        pillow.open(file) as image,
-    ):
+    with refused(f"dataset: {file} can't be read as an image"), pillow.open(file) as image:
         if image.mode.startswith(("I", "F")):
             # Pillow would clip these to white on the way to RGB.
             raise ValueError("it has more than 8 bits a channel")

@@ -45,23 +45,9 @@ def load_tfds(
 ) -> LoadedImages:
     """Loads a TFDS image-classification set; reads no network where it is already prepared.
 
-    The test set is the split `test`, else `validation`, else 20 % of `train`.
-
-    Args:
-        name: Name as TFDS takes it, with a configuration or a version where wanted, such as
-            `"cifar100"` or `"emnist/letters"`.
-        data_dir: Folder of prepared data. Defaults to the environment variable `TFDS_DATA_DIR`,
-            then to TFDS's own default. For `"tiny_imagenet"` it may also be a local copy of the
-            archive, as `tiny_imagenet.find` tells.
-        image_size: Height and width to which the images are resized, or `None` where all have one
-            size.
-
-    Returns:
-        `LoadedImages`, in the order in which TFDS stores the images.
-
-    Raises:
-        InputError: TFDS knows no such set, can neither find nor download it, or it doesn't consist
-            of 8-bit images with a class each.
+    The images come in the order in which TFDS stores them. The test set is the split `test`, else
+    `validation`, else 20 % of `train`. The arguments are those of `dskd_keras.data.load`; a name
+    may have a configuration or a version, as in `"emnist/letters"`.
     """
     _keep_quiet()
     builder = _find_builder(name, data_dir)
@@ -74,17 +60,11 @@ def load_tfds(
         )
     x_train, y_train = _read(name, builder, "train", image_size)
     notes = tiny_imagenet.notes(builder)
-    test = next(
-        (
-            split
-            for split in ("test", "validation")
-            if counts.get(split) and _has_labels(builder, split)
-        ),
-        None,
-    )
-    if test:
-        x_test, y_test = _read(name, builder, test, image_size)
-        if test == "validation":
+    tests = [split for split in ("test", "validation") if counts.get(split)]
+    tests = [split for split in tests if _has_labels(builder, split)]
+    if tests:
+        x_test, y_test = _read(name, builder, tests[0], image_size)
+        if tests[0] == "validation":
             notes.append("no labelled test split: the validation split is the test set")
         elif counts.get("validation"):
             notes.append("the validation split is not used")
@@ -126,12 +106,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _find_builder(name: str, data_dir: AnyPath | None) -> tfds.core.DatasetBuilder:
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or None
-    if data_dir is not None:
-        data_dir = os.path.expanduser(data_dir)
+    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "") or None
     base = name.split("/")[0].split(":")[0]
-    is_tiny_imagenet = base == tiny_imagenet.NAME
-    arguments = tiny_imagenet.find(data_dir) if is_tiny_imagenet else {"data_dir": data_dir}
+    find = tiny_imagenet.find if base == tiny_imagenet.NAME else lambda folder: {"data_dir": folder}
+    arguments = find(data_dir)
     try:
         return tfds.builder(name, **arguments)
     # TFDS raises ValueError for a malformed name, AssertionError for a version it doesn't have,
@@ -210,13 +188,9 @@ def _unreachable(builder: tfds.core.DatasetBuilder) -> list[str]:
 
 
 def _dataset(builder: tfds.core.DatasetBuilder, split: str) -> tf.data.Dataset:
-    # No autocache: each split is read once.
-    return builder.as_dataset(
-        split=split,
-        shuffle_files=False,
-        as_supervised=True,
-        read_config=tfds.ReadConfig(try_autocache=False),
-    )
+    # Each split is read once.
+    once = tfds.ReadConfig(try_autocache=False)
+    return builder.as_dataset(split, shuffle_files=False, as_supervised=True, read_config=once)
 
 
 def _has_labels(builder: tfds.core.DatasetBuilder, split: str) -> bool:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -49,16 +49,9 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
 
     Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS231N, Stanford University, 2015.
 
-    Args:
-        source: Path of the official zip archive or of the folder that it extracts to, or a
-            `Source`; it is read instead of the download. What was prepared from another source is
-            refused, never used in its place. With `tfds.load` it goes into `builder_kwargs`.
-        **kwargs: Those of `tfds.core.GeneratorBasedBuilder`, such as `data_dir`.
-
-    Raises:
-        InputError: `source` can't be read or doesn't have the official layout; in
-            `download_and_prepare` also where the data was prepared from another source, or an
-            image is damaged.
+    `source` is the official zip archive, the folder that it extracts to, or a `Source`; it is read
+    instead of the download. What was prepared from another source is refused, never used in its
+    place. With `tfds.load` it goes into `builder_kwargs`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -88,15 +81,7 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
         )
 
     def download_and_prepare(self, **kwargs: Any) -> None:
-        """Downloads and prepares the data where it isn't there yet, as every builder does.
-
-        Args:
-            **kwargs: Those of `tfds.core.DatasetBuilder.download_and_prepare`.
-
-        Raises:
-            InputError: It is there, but from another source than the builder's, or the
-                source has a damaged image.
-        """
+        """Prepares the data where it isn't there yet; refuses what another source gave."""
         if self.source is None:
             super().download_and_prepare(**kwargs)
             return
@@ -131,18 +116,15 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
 class Source:
     """A local copy of Tiny ImageNet: the zip archive, or the folder that it extracts to.
 
-    Args:
-        path: Path of either. The archive is read in place; nothing is extracted.
+    The archive is read in place; nothing is extracted. Raises `InputError` where it can't be read
+    or doesn't have the official layout.
 
     Attributes:
-        path: The absolute `pathlib.Path`.
+        path: The absolute path.
         labels: For each split, the label of each image by its name, such as
             `"train/n01443537/images/n01443537_0.JPEG"`.
         fingerprint: Hex string that stands for the images' names, sizes in bytes and labels. An
             archive and what it extracts to have the same.
-
-    Raises:
-        InputError: It can't be read or doesn't have the official layout.
     """
 
     def __init__(self, path: AnyPath) -> None:
@@ -161,13 +143,9 @@ class Source:
         self.fingerprint = digest.hexdigest()
 
     def read_images(self, split: str) -> Iterator[tuple[str, bytes]]:
-        """Yields the name and the contents, JPEG, of each image, sorted by name.
+        """Yields the name and the contents of each image of a split, sorted by name.
 
-        Args:
-            split: `"train"` or `"validation"`.
-
-        Raises:
-            InputError: Names the file that is not a whole JPEG image of 64×64 pixels.
+        Raises `InputError` about the file that is not a whole JPEG image of 64×64 pixels.
         """
         pillow = needed("PIL.Image", "pillow")
         with self._open() as (_, read):
@@ -201,15 +179,13 @@ class Source:
 
         with self._refused("can't be read"):
             files = [
-                PurePath(folder, file)
+                Path(folder, file)
                 for part in ("train", "val")
                 if (self.path / part).is_dir()
                 for folder, _, names in os.walk(self.path / part, onerror=fail, followlinks=True)
                 for file in names
             ]
-            sizes = {
-                file.relative_to(self.path).as_posix(): os.path.getsize(file) for file in files
-            }
+            sizes = {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
         return sizes, lambda name: (self.path / name).read_bytes()
 
     def _open_zip(self, stack: contextlib.ExitStack) -> _Files:
@@ -227,11 +203,10 @@ class Source:
         return sizes, lambda name: archive.read(members[name])
 
     def _train_labels(self, names: Iterable[str]) -> dict[str, int]:
-        found = (re.fullmatch(rf"train/([^/]+)/images/{_IMAGE}", name) for name in names)
         return {
-            image[0]: self._label(image[1], f"the folder train/{image[1]}")
-            for image in found
-            if image
+            name: self._label(found[1], f"the folder train/{found[1]}")
+            for name in names
+            if (found := re.fullmatch(rf"train/([^/]+)/images/{_IMAGE}", name))
         }
 
     def _validation_labels(
@@ -289,16 +264,9 @@ def find(data_dir: AnyPath | None) -> dict[str, Any]:
     That is the folder that holds the copy. Where it can't be written to, it is TFDS's own default:
     the environment variable `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
-    Args:
-        data_dir: The official zip archive; the folder that it extracts to; a folder that has
-            either under its official name, `tiny-imagenet-200.zip` or `tiny-imagenet-200`; or any
-            other folder of TFDS data; or `None`.
-
-    Returns:
-        The arguments `data_dir` and `source` of `TinyImagenet`; without a copy, `source` is `None`.
-
-    Raises:
-        InputError: There is no such file, or the copy doesn't have the official layout.
+    `data_dir` may be the official zip archive; the folder that it extracts to; a folder that has
+    either under its official name, `tiny-imagenet-200.zip` or `tiny-imagenet-200`; or any other
+    folder of TFDS data, where `source` is `None`. Returns the two arguments of `TinyImagenet`.
     """
     if data_dir is None:
         return {"data_dir": None, "source": None}
@@ -315,15 +283,13 @@ def find(data_dir: AnyPath | None) -> dict[str, Any]:
         return {"data_dir": str(path), "source": None}
     defaults = (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets")
     folders = [folder, *(Path(default).expanduser() for default in defaults if default)]
-    usable = (folder for folder in folders if _has_prepared(folder) or _is_writable(folder))
+    usable = (folder for folder in folders if _is_usable(folder))
     return {"data_dir": str(next(usable, folder)), "source": Source(source)}
 
 
-def _has_prepared(folder: Path) -> bool:
-    return (folder / NAME / str(TinyImagenet.VERSION)).is_dir()
-
-
-def _is_writable(folder: Path) -> bool:
+def _is_usable(folder: Path) -> bool:
+    if (folder / NAME / str(TinyImagenet.VERSION)).is_dir():
+        return True
     while not folder.exists():
         folder = folder.parent
     return os.access(folder, os.W_OK)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dskd_keras import files, report
+from dskd_keras import export, files, report
 from dskd_keras.experiment import build, run_folder, students, teachers, training
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.config import ExperimentConfig
@@ -37,8 +37,9 @@ def run(
     folders = {seed: config.seed_folder(seed) for seed in config.seeds}
     for folder in folders.values():
         run_folder.finished_result(config, folder)  # refuses one of another configuration
+    for format in config.export:
+        export.check_available(format)
     run = Run(config, build.load_data(config, console), console, command)
-    students.check_export(run)
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     build.distiller(run, build.create_teacher(run), build.create_student(run))
     with contextlib.ExitStack() as stack:

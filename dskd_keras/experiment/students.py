@@ -122,15 +122,10 @@ def export_saved(run: Run, folder: Path) -> None:
         if target.exists():
             run.say(f"Exported before: {target}")
             continue
+        export.remove_leftovers(target)  # of a process that was killed: the folder is claimed
         student = student or keras.models.load_model(path, compile=False)
         _, difference = export.export(student, format, target, images)
         run.say(
             f"Exported: {target} (logits differ by at most {difference:.1e} of their standard "
             "deviation)"
         )
-
-
-def check_export(run: Run) -> None:
-    """Raises `InputError` where a student can't be exported as configured."""
-    for format in run.config.export:
-        export.check_available(format)

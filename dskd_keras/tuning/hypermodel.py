@@ -18,7 +18,7 @@ from dskd_keras.tuning.tensorflow_internals import clean_gradient_registry
 try:
     import keras_tuner
 except ModuleNotFoundError as error:
-    raise missing_package("tuning", str(error.name), "tune") from None
+    raise missing_package("tuning", str(error.name).replace("_", "-"), "tune") from None
 
 # Digits of a number that a trial draws: more would only look precise.
 _DIGITS = 4

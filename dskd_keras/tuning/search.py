@@ -58,9 +58,9 @@ def run(
         _run_worker(search, command)
         return []
     is_chief = role == "chief" or config.workers > 0
-    run = None
+    loaded = None
     if not search.is_finished() and not is_chief:
-        run = preparation.load(config, console, command)
+        loaded = preparation.load(config, console, command)
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.disk_errors_in_one_line(search.folder))
         stack.enter_context(run_folder.claimed("run_dir", search.folder, console.print))
@@ -75,7 +75,7 @@ def run(
             if is_chief:
                 _run_chief(search, worker_command if role is None else None)
             else:
-                _run_alone(search, run or preparation.load(config, console, command))
+                _run_alone(search, loaded or preparation.load(config, console, command))
         except InputError:
             if not search.oracle.trials:
                 # What is mended now is another configuration, and the folder is free for it.
