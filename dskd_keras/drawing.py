@@ -187,7 +187,8 @@ def label_ends(figure: Figure, ends: Ends) -> None:
             )
         ]  # fmt: skip
     # Once, and kept: finding the layout takes as long as drawing.
-    figure.get_layout_engine().execute(figure)
+    layout: Any = figure.get_layout_engine()
+    layout.execute(figure)
     figure.set_layout_engine("none")
     for axes, labels in annotations.items():
         height = axes.get_window_extent().height / figure.dpi * 72

@@ -133,21 +133,13 @@ def export(
         expected = _keras_logits(model, images)
         # Keras refuses a LiteRT file of another suffix, whatever the user calls it.
         written = aside / f"model{SUFFIXES[format]}"
-        try:
-            with _quiet():
-                _convert(model, format, written)
-        except Exception as error:  # the converters raise all kinds
-            raise ExportError(
-                f"export: {model.name} can't be converted to {format!r}: {_one_line(error)}"
-            ) from error
-        try:
-            with _quiet():
-                logits = _RUNTIMES[format](written, images)
-        except Exception as error:
-            raise ExportError(
-                f"export: {model.name} was converted to {format!r}, but what came out can't be run "
-                f"on {len(images)} images: {_one_line(error)}"
-            ) from error
+        with _failure(f"{model.name} can't be converted to {format!r}"):
+            _convert(model, format, written)
+        with _failure(
+            f"{model.name} was converted to {format!r}, but what came out can't be run on "
+            f"{len(images)} images"
+        ):
+            logits = _RUNTIMES[format](written, images)
         difference = _difference(logits, expected)
         if not difference <= TOLERANCE:  # NaN is none either
             raise ExportError(
@@ -200,32 +192,26 @@ def _check_arguments(model: keras.Model, images: np.ndarray) -> None:
 
 def _convert(model: keras.Model, format: str, path: Path) -> None:
     """Writes the model to `path` by Keras's own export."""
-    backend = keras.backend.backend()
-    if format == "saved_model":
-        arguments: dict[str, Any] = {}
-        if backend == "jax":
-            # Otherwise only machines with the kind of processor that trained the student run it.
-            arguments["jax2tf_kwargs"] = {
-                "native_serialization": True,
-                "native_serialization_platforms": ("cpu", "cuda"),
-            }
-        model.export(path, format="tf_saved_model", verbose=False, **arguments)
-        return
-    if backend == "tensorflow":
+    arguments: dict[str, Any] = {}
+    if (format, keras.backend.backend()) == ("saved_model", "jax"):
+        # Otherwise only machines with the kind of processor that trained the student run it.
+        arguments["jax2tf_kwargs"] = {
+            "native_serialization": True,
+            "native_serialization_platforms": ("cpu", "cuda"),
+        }
+    elif format != "saved_model" and keras.backend.backend() == "tensorflow":
         model = _convertible(model)
-    model.export(path, format=format, verbose=False)
+    kind = "tf_saved_model" if format == "saved_model" else format
+    model.export(path, format=kind, verbose=False, **arguments)
 
 
 def _convertible(model: keras.Model) -> keras.Model:
-    """Returns a model that TensorFlow traces into what converters understand.
+    """Returns the model, or a copy of it, that TensorFlow traces into what converters understand.
 
     Keras compiles grouped convolutions by XLA, since TensorFlow's operation lacks them on CPUs, and
     tf2onnx leaves a compiled function in the file as it is. In a graph that is only converted
     TensorFlow's operation will do. And it makes additional inputs of the tensors that a
     `Normalization` holds, but constants of arrays.
-
-    Returns:
-        A copy of the model where it has such layers, the model itself where it has none.
     """
     import tensorflow as tf
 
@@ -316,30 +302,24 @@ def _keras_logits(model: keras.Model, images: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
     """Keeps GPUs from TF32, which keeps 10 bits of a number: its errors would be the export's."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "tensorflow":
+            from tensorflow.config import experimental
 
-        before = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-        try:
-            yield
-        finally:
-            tf.config.experimental.enable_tensor_float_32_execution(before)
-    elif backend == "jax":
-        import jax
+            before = experimental.tensor_float_32_execution_enabled()
+            stack.callback(experimental.enable_tensor_float_32_execution, before)
+            experimental.enable_tensor_float_32_execution(False)
+        elif keras.backend.backend() == "jax":
+            import jax
 
-        with jax.default_matmul_precision("highest"):
-            yield
-    else:
-        import torch
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        else:
+            from torch import backends
 
-        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+            for library in (backends.cudnn, backends.cuda.matmul):
+                stack.callback(setattr, library, "allow_tf32", library.allow_tf32)
+                library.allow_tf32 = False
+        yield
 
 
 def _difference(logits: np.ndarray, expected: np.ndarray) -> float:
@@ -352,22 +332,20 @@ def _difference(logits: np.ndarray, expected: np.ndarray) -> float:
 
 def _replace(written: Path, path: Path, aside: Path) -> None:
     """Puts what was written in its place, whole."""
-    files = [written] if written.is_file() else list(written.rglob("*"))
-    for file in files:
+    for file in [written, *written.rglob("*")]:
         if file.is_file():
             # On the disk before the old one goes, should the machine lose power.
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
-    if not path.is_dir():
-        os.replace(written, path)
-        return
-    # A folder takes the place of an empty one only, so the old one moves first.
     old = aside / "old"
-    os.replace(path, old)
+    if path.is_dir():
+        # A folder takes the place of an empty one only.
+        os.replace(path, old)
     try:
         os.replace(written, path)
     except BaseException:
-        os.replace(old, path)
+        if old.exists():
+            os.replace(old, path)
         raise
 
 
@@ -397,6 +375,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 400 else f"{message[:400]}…"
+@contextlib.contextmanager
+def _failure(message: str) -> Iterator[None]:
+    """Says in one line what fails in a converter or another runtime, and drops what they print."""
+    try:
+        with _quiet():
+            yield
+    except Exception as error:  # they raise all kinds
+        text = " ".join(str(error).split()) or type(error).__name__
+        cut = text if len(text) <= 400 else f"{text[:400]}…"
+        raise ExportError(f"export: {message}: {cut}") from error

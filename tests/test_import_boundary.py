@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import small
@@ -35,36 +37,10 @@ def fresh(script, *arguments, **environment):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_the_import_loads_the_core_alone():
-    loaded = fresh(
-        "import json, sys, keras; before = {*sys.modules}; import dskd_keras\n"
-        "print(json.dumps([*before, '', *({*sys.modules} - before)]))"
-    )
-    border = loaded.index("")
-    before = {name.partition(".")[0] for name in loaded[:border]}
-    ours = {name for name in loaded[border + 1 :] if name.partition(".")[0] == "dskd_keras"}
-    assert ours == {"dskd_keras", *(f"dskd_keras.{name}" for name in GROUND + CORE)}
-    others = {name.partition(".")[0] for name in loaded[border + 1 :]} - {"dskd_keras"}
-    assert others <= before | set(sys.stdlib_module_names)
-
-
-def test_commands_can_put_keras_off_and_every_name_is_reached():
-    found = fresh(
-        "import json, sys, dskd_keras\n"
-        "early = [name for name in ('keras', 'numpy') if name in sys.modules]\n"
-        "hidden = sorted({*dskd_keras.__all__} - {*dir(dskd_keras)})\n"
-        "missing = [n for n in dskd_keras.__all__ if not hasattr(dskd_keras, n)]\n"
-        "exec('from dskd_keras import *')\n"
-        "print(json.dumps([early, hidden, missing, Distiller.__name__]))",
-        DSKD_KERAS_DEFER="1",
-    )
-    assert found == [[], [], [], "Distiller"]
-    with pytest.raises(AttributeError, match="'dskd_keras' has no attribute 'destiller'"):
-        _ = dskd_keras.destiller
-
-
-@pytest.mark.parametrize("imports", ["dskd_keras, keras", "keras, dskd_keras"])
-def test_a_saved_distiller_loads_after_the_import_alone(imports, tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained distiller, images, and the folder that it and its student were saved to."""
+    keras.utils.set_random_seed(0)
     x, y = small.images(4)
     distiller = dskd_keras.Distiller(
         dskd_keras.fold_batch_norm(small.convnet("teacher", width=5)),
@@ -73,22 +49,87 @@ def test_a_saved_distiller_loads_after_the_import_alone(imports, tmp_path):
         weighting="inverse",
     )
     distiller.compile(dskd_keras.optimizers.SGD(0.1, momentum=0.9), loss=small.crossentropy())
-    distiller.fit(x, y, verbose=0)
-    distiller.save(tmp_path / "distiller.keras")
-    np.save(tmp_path / "x.npy", x)
-    logits, teacher_logits, optimizer = fresh(
-        f"import {imports}, json, sys, numpy as np\n"
-        "folder = sys.argv[1]\n"
-        "loaded = keras.models.load_model(f'{folder}/distiller.keras')\n"
-        "x = np.load(f'{folder}/x.npy')\n"
-        "outputs = [loaded.predict(x, verbose=0), loaded.teacher.predict(x)['logits']]\n"
-        "print(json.dumps([*(o.tolist() for o in outputs), type(loaded.optimizer).__module__]))",
-        tmp_path,
+    with small.eagerly():
+        distiller.train_on_batch(x, y)
+    folder = tmp_path_factory.mktemp("saved")
+    distiller.save(folder / "distiller.keras")
+    distiller.student.save(folder / "student.keras")
+    np.save(folder / "x.npy", x)
+    return distiller, x, folder
+
+
+# One process answers what would take several: starting Keras takes seconds.
+WITHOUT_THEN_WITH = """
+import json, sys, keras, numpy as np
+folder = sys.argv[1]
+x = np.load(f"{folder}/x.npy")
+def value(tensor):
+    return keras.ops.convert_to_numpy(tensor).tolist()
+found = {}
+
+sys.modules["dskd_keras"] = None  # as if it were not installed
+found["student"] = value(keras.models.load_model(f"{folder}/student.keras")(x))
+del sys.modules["dskd_keras"]
+
+before = {*sys.modules}
+import dskd_keras
+found["before"], found["loaded"] = [*before], [*({*sys.modules} - before)]
+
+loaded = keras.models.load_model(f"{folder}/distiller.keras")
+found["logits"], found["teacher"] = value(loaded(x)), value(loaded.teacher(x)["logits"])
+found["optimizer"] = type(loaded.optimizer).__module__
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(saved):
+    return fresh(WITHOUT_THEN_WITH, saved[2])
+
+
+def test_the_import_loads_the_core_alone(answers):
+    ours = {name for name in answers["loaded"] if name.partition(".")[0] == "dskd_keras"}
+    assert ours == {"dskd_keras", *(f"dskd_keras.{name}" for name in GROUND + CORE)}
+    before, loaded = (
+        {name.partition(".")[0] for name in answers[key]} for key in ("before", "loaded")
     )
-    np.testing.assert_allclose(logits, distiller.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    expected = distiller.teacher.predict(x)["logits"]
-    np.testing.assert_allclose(teacher_logits, expected, rtol=1e-5, atol=1e-6)
-    assert optimizer == "dskd_keras.optimizers"
+    assert loaded - {"dskd_keras"} <= before | set(sys.stdlib_module_names)
+
+
+def test_a_saved_student_loads_without_dskd_keras(saved, answers):
+    distiller, x, folder = saved
+    config = zipfile.ZipFile(folder / "student.keras").read("config.json").decode()
+    assert "dskd" not in config and "head_" not in config
+    expected = keras.ops.convert_to_numpy(distiller(x))
+    np.testing.assert_allclose(answers["student"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_saved_distiller_loads_after_the_import_alone(saved, answers):
+    distiller, x, _ = saved
+    expected = keras.ops.convert_to_numpy(distiller(x))
+    np.testing.assert_allclose(answers["logits"], expected, rtol=1e-5, atol=1e-6)
+    expected = keras.ops.convert_to_numpy(distiller.teacher(x)["logits"])
+    np.testing.assert_allclose(answers["teacher"], expected, rtol=1e-5, atol=1e-6)
+    assert answers["optimizer"] == "dskd_keras.optimizers"
+
+
+def test_commands_can_put_keras_off_and_every_name_is_reached(saved):
+    found = fresh(
+        "import json, sys, dskd_keras\n"
+        "early = [name for name in ('keras', 'numpy') if name in sys.modules]\n"
+        "hidden = sorted({*dskd_keras.__all__} - {*dir(dskd_keras)})\n"
+        "missing = [n for n in dskd_keras.__all__ if not hasattr(dskd_keras, n)]\n"
+        "exec('from dskd_keras import *')\n"
+        # Imported before Keras, it finds the classes of what was saved, too.
+        "import keras\n"
+        "loaded = keras.models.load_model(f'{sys.argv[1]}/distiller.keras')\n"
+        "print(json.dumps([early, hidden, missing, Distiller.__name__, type(loaded).__name__]))",
+        saved[2],
+        DSKD_KERAS_DEFER="1",
+    )
+    assert found == [[], [], [], "Distiller", "Distiller"]
+    with pytest.raises(AttributeError, match="'dskd_keras' has no attribute 'destiller'"):
+        _ = dskd_keras.destiller
 
 
 TYPED = [

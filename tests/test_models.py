@@ -1,5 +1,6 @@
 """The zoo: shapes, initialisation, naming, saving, training and errors."""
 
+import functools
 import importlib
 import subprocess
 import sys
@@ -28,10 +29,6 @@ def mixed_policy(request):
     keras.config.set_dtype_policy(request.param)
     yield request.param
     keras.config.set_dtype_policy("float32")
-
-
-def count_parameters(model):
-    return sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
 
 
 @pytest.mark.once
@@ -84,12 +81,20 @@ LAST_MAPS = {
 }
 
 
+@functools.cache
+def channels_first_model(name, size=32):
+    """A model as where a saved one is loaded by a process with the other setting."""
+    keras.config.set_image_data_format("channels_first")
+    try:
+        return models.create(name, 100, (3, size, size))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in LAST_MAPS), ("vgg8", 64)])
-def test_maps_tell_their_layout(name, size, channels_first):
-    model = models.create(name, 100, (3, size, size))
-    # As where a saved model is loaded by a process with the other setting.
-    keras.config.set_image_data_format("channels_last")
+def test_maps_tell_their_layout(name, size):
+    model = channels_first_model(name, size)
     last = graph.last_feature_map(model)
     assert last.shape == model.get_layer(LAST_MAPS[name]).output.shape
     for stage in ("stage1", "stage2", "stage3"):
@@ -100,8 +105,8 @@ def test_maps_tell_their_layout(name, size, channels_first):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", LAST_MAPS)
-def test_channels_first_names_the_format_in_every_layer(name, channels_first):
-    model = models.create(name, 100, (3, 32, 32))
+def test_channels_first_names_the_format_in_every_layer(name):
+    model = channels_first_model(name)
     for layer in model.layers:
         if hasattr(layer, "data_format"):
             assert layer.get_config()["data_format"] == "channels_first", layer.name
@@ -129,7 +134,7 @@ def test_layers_say_where_they_are():
 @pytest.mark.once
 @pytest.mark.parametrize("name", LAST_MAPS)
 def test_models_are_of_keras_own_layers(name):
-    model = models.create(name, 100, (32, 32, 3))
+    model = channels_first_model(name)
     assert model.name == name
     assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
     assert all(isinstance(operation, keras.Layer) for operation in model.operations)
@@ -146,8 +151,8 @@ def test_models_are_of_keras_own_layers(name):
 def test_names_are_found_without_regard_to_case():
     assert models.names()[:2] == ["resnet8", "resnet14"]
     assert len(models.names()) == len({name.casefold() for name in models.names()}) >= 24
-    assert models.create("ResNet8X4", 100, (32, 32, 3)).name == "resnet8x4"
-    assert models.create("resnet50", 100, (32, 32, 3)).name == "ResNet50"
+    assert models.create("RESNET8", 100, (8, 8, 3)).name == "resnet8"
+    assert models.create("shufflev2", 100, (16, 16, 3)).name == "ShuffleV2"
 
 
 def test_the_catalog_has_the_families_models():

@@ -1,18 +1,18 @@
 """The documentation: its code runs as it stands, its tables are complete."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+import small
 
 from dskd_keras import models
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_example_runs(tmp_path):
+@small.eagerly()
+def test_the_example_runs(tmp_path, monkeypatch):
     code, search = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) <= 18
     # The search goes on with the names of the first example.
@@ -25,10 +25,11 @@ def test_the_example_runs(tmp_path):
     code = code.replace("epochs=3", "epochs=1").replace(
         'data.load("digits")', 'data.load("digits", train_examples=64)'
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    code = code.replace('"resnet20"', '"resnet8"').replace(
+        "(x_test, digits.y_test)", "(x_test[:20], digits.y_test[:20])"
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
     assert (tmp_path / "student.keras").exists()
 
 

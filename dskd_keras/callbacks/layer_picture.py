@@ -1,13 +1,11 @@
 """The picture of what `LayerWeightLogger` recorded."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from dskd_keras import drawing
 
-_EQUAL: dict[str, Any] = {"color": drawing.INK, "linestyle": ":", "linewidth": 1}
 _KINDS = {"prediction": "class predictions", "feature": "feature maps"}
 
 # More points than this are averaged in blocks: a picture has no room for them.
@@ -15,15 +13,9 @@ _POINTS = 300
 
 
 def picture(steps: np.ndarray, terms: Mapping[str, np.ndarray], format: str) -> bytes:
-    """Draws the allocations and losses of the layers over the steps.
+    """Draws the allocations and losses of the layers over the steps, the first of which is 1.
 
-    Args:
-        steps: `[N]` numbers of the steps; the first step of the training is 1.
-        terms: `[N]` values by the name of a term, as `Distiller.step_terms` names them.
-        format: The picture's format, such as "png".
-
-    Returns:
-        The picture's file.
+    `terms` holds `[N]` values by their names in `Distiller.step_terms`, `format` is such as "png".
     """
     # Blocks of one size, or the noise would change along the line.
     size = -(-len(steps) // _POINTS)
@@ -48,16 +40,16 @@ def picture(steps: np.ndarray, terms: Mapping[str, np.ndarray], format: str) -> 
             handles |= dict(zip(layers, lines, strict=True))
             if quantity == "allocation":
                 equal = 1 / len(layers)
-                axes.axhline(equal, **_EQUAL)
+                axes.axhline(equal, **drawing.EQUAL)
                 # Tiny differences shouldn't fill the axes.
                 low, high = axes.get_ylim()
                 axes.set_ylim(min(low, equal - 0.05), max(high, equal + 0.05))
             else:
-                drawing.value_axis(axes, list(layers.values()), percent=False)
+                drawing.value_axis(axes, layers.values(), percent=False)
             drawing.count_axis(axes, steps[0], steps[-1])
     means = f" (a point is the mean of {size} records)" if size > 1 else ""
     figure.supxlabel(f"training step{means}", fontsize=drawing.SIZE, color=drawing.INK)
-    equal_handle = drawing.line_handle("equal allocation", **_EQUAL)
+    equal_handle = drawing.line_handle("equal allocation", **drawing.EQUAL)
     drawing.legend(figure, [*handles.values(), equal_handle], columns=min(len(handles) + 1, 5))
     return drawing.to_bytes(figure, format)
 

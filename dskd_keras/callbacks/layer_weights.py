@@ -191,11 +191,11 @@ class LayerWeightLogger(keras.callbacks.Callback):
         table.add_column("term", no_wrap=True)
         for column in ("loss", "allocation", "mean allocation"):
             table.add_column(column, justify="right", no_wrap=True)
-        for kind in ("prediction", "feature"):
-            start = f"deep_{kind}_loss/"
-            for loss in (name for name in self._names if name.startswith(start)):
-                layer = loss.removeprefix(start)
-                losses = [values[loss] for values in means]
+        for name in self._names:
+            term, _, layer = name.partition("/")
+            if layer and term.endswith("_loss"):
+                kind = term.removeprefix("deep_").removesuffix("_loss")
+                losses = [values[name] for values in means]
                 allocations = [values[f"deep_{kind}_allocation/{layer}"] for values in means]
                 table.add_row(
                     layer,

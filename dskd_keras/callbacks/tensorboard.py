@@ -44,13 +44,9 @@ class TensorBoardScalars(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Writes the epoch's logs."""
         train, validation = {}, {}
-        for name, value in (logs or {}).items():
-            if name.startswith("val_"):
-                validation[f"epoch_{name[4:]}"] = value
-            else:
-                train[f"epoch_{name}"] = value
-        for name, value in _learning_rates(self.model.optimizer).items():
-            train[f"epoch_{name}"] = value
+        for name, value in {**(logs or {}), **_learning_rates(self.model.optimizer)}.items():
+            part = validation if name.startswith("val_") else train
+            part[f"epoch_{name.removeprefix('val_')}"] = value
         self._train.write(epoch, train)
         if validation:
             self._validation.write(epoch, validation)
@@ -64,25 +60,19 @@ class TensorBoardScalars(keras.callbacks.Callback):
 def _learning_rates(optimizer: Any) -> dict[str, float]:
     # As Keras's callback names them.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if hasattr(optimizer, "optimizers"):
-        return {f"learning_rate_{part.name}": _rate(part) for part in optimizer.optimizers}
-    return {"learning_rate": _rate(optimizer)}
-
-
-def _rate(optimizer: Any) -> float:
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    named = {f"learning_rate_{part.name}": part for part in getattr(optimizer, "optimizers", ())}
+    return {
+        name: float(keras.ops.convert_to_numpy(part.learning_rate))
+        for name, part in (named or {"learning_rate": optimizer}).items()
+    }
 
 
 class EventFile:
     """Summaries of one run in TensorBoard's format, in a file that is made by the first of them.
 
     TensorBoard follows the newest file of a folder, so a folder wants one `EventFile` at a time.
-
-    Args:
-        folder: Path of its folder.
-
-    Raises:
-        InputError: The `tensorboard` package is missing.
+    Where a file is new, TensorBoard drops what older files of the folder hold from its first step
+    on: a run that was interrupted, and is continued here.
     """
 
     # Makes the names of a process's files differ; the later one sorts last.
@@ -95,13 +85,7 @@ class EventFile:
         _tensorboard()
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes scalars of one step, and flushes.
-
-        Args:
-            step: The step. Where the file is new, TensorBoard drops what older files of the folder
-                hold from this step on: a run that was interrupted, and is continued here.
-            scalars: Numbers by their tags.
-        """
+        """Writes scalars of one step, by their tags, and flushes."""
         _, summaries, _ = _tensorboard()
         values = [
             summaries.Summary.Value(tag=tag, simple_value=float(value))
@@ -110,12 +94,7 @@ class EventFile:
         self.write_summary(step, summaries.Summary(value=values))
 
     def write_summary(self, step: int, summary: Any) -> None:
-        """Writes a summary of any kind, and flushes.
-
-        Args:
-            step: The step, as in `write`.
-            summary: A `tensorboard.compat.proto.summary_pb2.Summary`.
-        """
+        """Writes a `tensorboard.compat.proto.summary_pb2.Summary`, and flushes."""
         events, _, records = _tensorboard()
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -85,12 +85,8 @@ def _keep(loaded: LoadedImages, chosen: np.ndarray) -> LoadedImages:
 def _subset(labels: np.ndarray, train_examples: int) -> np.ndarray:
     classes, most = len(np.unique(labels)), len(labels)
     if not classes <= checks.whole("train_examples", train_examples, 0) <= most:
-        raise wrong(
-            "train_examples",
-            train_examples,
-            f"a whole number from {classes} (one image a class) to {most}, the training images"
-            " there are",
-        )
+        rule = f"a whole number from {classes} (one image a class) to {most} (all that there are)"
+        raise wrong("train_examples", train_examples, rule)
     if train_examples == most:
         return np.arange(most)
     kept, _ = arrays.stratified_split(labels, most - train_examples, "train_examples")
@@ -101,10 +97,6 @@ def _validation_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, 
     classes, total = len(np.unique(labels)), len(labels)
     count = round(fraction * total)
     if count < classes:
-        raise wrong(
-            "validation_fraction",
-            fraction,
-            f"at least {classes / total:.2g}: of {total} training images it gives {count}, and"
-            f" {classes} classes need as many",
-        )
+        rule = f"at least {classes / total:.2g}: an image for each of {classes} classes, of {total}"
+        raise wrong("validation_fraction", fraction, rule)
     return arrays.stratified_split(labels, count, "validation_fraction")

@@ -105,7 +105,7 @@ def _as_images(path: Path, content: Mapping[str, np.ndarray]) -> list[np.ndarray
             )
         low, high = images.min(), images.max()
         whole = not is_float or (images == np.rint(images)).all()
-        # In x_train, nothing but 0 and 1 may be either. Written so that a NaN fails it too.
+        # Zeros and ones alone may be on either scale. Written so that a NaN fails it too.
         known = whole if scale == 1 else not (whole and key == "x_train")
         if not (known and low >= 0 and high * scale <= 255):
             raise InputError(
@@ -113,7 +113,7 @@ def _as_images(path: Path, content: Mapping[str, np.ndarray]) -> list[np.ndarray
                 " [0, 1] or whole numbers in [0, 255], as in x_train; save the images as uint8."
             )
         images = np.rint(images * scale) if scale > 1 else images
-        converted.append(images.astype(np.uint8).reshape(*images.shape[:3], -1))
+        converted.append(images.astype(np.uint8, copy=False).reshape(*images.shape[:3], -1))
     return converted
 
 

@@ -59,7 +59,7 @@ def load_tfds(
             f"dataset: {name!r} has no split 'train'; its splits are {', '.join(counts) or 'none'}."
         )
     x_train, y_train = _read(name, builder, "train", image_size)
-    notes = tiny_imagenet.notes(builder)
+    notes = tiny_imagenet.notes(counts) if builder.name == tiny_imagenet.NAME else []
     tests = [split for split in ("test", "validation") if counts.get(split)]
     tests = [split for split in tests if _has_labels(builder, split)]
     if tests:

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -151,11 +151,8 @@ class Source:
         with self._open() as (_, read):
             for name in self.labels[split]:
                 content = read(name)
-                what = f"{name}, which is no JPEG image of {_SIDE}×{_SIDE} pixels"
-                with (
-                    self._refused(f"has {what}"),
-                    pillow.open(io.BytesIO(content), formats=["JPEG"]) as image,
-                ):
+                with self._refused(f"has {name}, which is no JPEG image of {_SIDE}×{_SIDE} pixels"):
+                    image = pillow.open(io.BytesIO(content), formats=["JPEG"])
                     if image.size != (_SIDE, _SIDE):
                         raise ValueError(f"it has {image.width}×{image.height} pixels")
                     image.load()
@@ -210,7 +207,7 @@ class Source:
         }
 
     def _validation_labels(
-        self, names: Collection[str], read: Callable[[str], bytes]
+        self, names: Mapping[str, int], read: Callable[[str], bytes]
     ) -> dict[str, int]:
         # The images of all classes lie in one folder: only this file tells the classes apart.
         if _ANNOTATIONS not in names:
@@ -247,10 +244,9 @@ class Source:
         return InputError(f"data_dir: {self.path} {problem}.")
 
 
-def notes(builder: tfds.core.DatasetBuilder) -> list[str]:
-    """Returns sentences on what the prepared data of any builder is, for readers of its numbers."""
-    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    if not isinstance(builder, TinyImagenet) or counts == _OFFICIAL:
+def notes(counts: Mapping[str, int]) -> list[str]:
+    """Returns what a reader of results should know of prepared data with so many examples."""
+    if counts == _OFFICIAL:
         return []
     return [
         f"a part of Tiny ImageNet: {counts['train']:,} of {_OFFICIAL['train']:,} training and"

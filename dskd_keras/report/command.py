@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from dskd_keras.errors import InputError, missing_package
 
+# Packages that pip knows by another name than Python.
+_PIP_NAMES = {"yaml": "pyyaml"}
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m dskd_keras.report") -> int:
     """Writes the report of run folders and prints their tables.
@@ -21,28 +24,29 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m dskd_keras.re
         prog=prog, description="Writes pictures and an HTML page from the files of run folders."
     )
     parser.add_argument(
-        "run_dir",
-        nargs="+",
-        metavar="RUN_DIR",
+        "run_dir", nargs="+", metavar="RUN_DIR",
         help="a run folder, such as runs/PAIR; several are shown side by side",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--output",
-        metavar="FILE",
+        "--output", metavar="FILE",
         help="the HTML file (default: report.html in RUN_DIR, or here for several)",
-    )
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
-        try:
-            _report(arguments.run_dir, arguments.output)
-        except ModuleNotFoundError as error:
-            raise missing_package("report", str(error.name), "train") from None
+        _report(arguments.run_dir, arguments.output)
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        return _fail(missing_package("report", _PIP_NAMES.get(name, name), "train"))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _fail(error: InputError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def _report(run_dirs: Sequence[str], output: str | None) -> None:
@@ -53,10 +57,9 @@ def _report(run_dirs: Sequence[str], output: str | None) -> None:
     written = page.write_runs(runs, output)
     console = table.console()
     for run in runs:
-        students = [seed.result for seed in run.seeds if seed.result is not None]
-        if students:
+        if run.results:
             title = f"{run.name}: {run.seeds[0].dataset}"
-            console.print(table.results_table(title, [*run.teachers(), *students]))
+            console.print(table.results_table(title, [*run.teachers(), *run.results]))
         for seed in run.seeds:
             if seed.result is None:
                 accuracy = "" if seed.accuracy is None else f", {100 * seed.accuracy:.2f} % so far"

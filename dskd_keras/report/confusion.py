@@ -1,6 +1,6 @@
 """The picture of a confusion matrix."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ _MOST_NAMED_CLASSES = 20
 _MOST_COUNTED_CLASSES = 12
 _MOST_PAIRS = 15
 _MOST_LETTERS = 18
-_SMALL = {"labelsize": drawing.SIZE - 1, "colors": drawing.INK}
+_SMALL: dict[str, Any] = {"labelsize": drawing.SIZE - 1, "colors": drawing.INK}
 
 
 def picture(matrix: "Confusion") -> bytes:
@@ -44,10 +44,8 @@ def picture(matrix: "Confusion") -> bytes:
             axis.set_ticks(ticks, [str(tick + 1) for tick in ticks])
     else:
         names = drawing.short_all(matrix.names, _MOST_LETTERS)
-        turned = {} if max(map(len, names)) <= 3 else {"rotation": 45, "ha": "right"}
-        axes.set_xticks(
-            range(classes), names, parse_math=False, rotation_mode="anchor", **turned
-        )
+        turned: Any = {} if max(map(len, names)) <= 3 else {"rotation": 45, "ha": "right"}
+        axes.set_xticks(range(classes), names, parse_math=False, rotation_mode="anchor", **turned)
         axes.set_yticks(range(classes), names, parse_math=False)
     accuracy = matrix.counts.trace() / max(matrix.counts.sum(), 1)
     title = f"{100 * accuracy:.2f} % of {matrix.counts.sum():,} test images are right"

@@ -26,20 +26,12 @@ _COLUMNS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A line: the finished seeds of a method, or one that is unfinished.
-
-    Attributes:
-        method: dskd, kd or ce.
-        label: Its text in the legend.
-        epochs: `[N]`, ascending, from 1.
-        values: `[seeds, N]`, NaN where one is missing.
-        unfinished: Whether the run goes on, or broke off.
-    """
+    """A line: the finished seeds of a method, or one that is unfinished."""
 
     method: str
     label: str
-    epochs: np.ndarray
-    values: np.ndarray
+    epochs: np.ndarray  # [N], ascending, from 1
+    values: np.ndarray  # [seeds, N], NaN where one is missing
     unfinished: bool
 
     @property
@@ -94,20 +86,13 @@ def learning_curves(run: "Run") -> bytes | None:
         panels = [figure.add_subplot(place) for place in places]
         lines = [100 * teacher.test_accuracy for teacher in teachers] if percent else []
         for axes in panels:
-            _draw(axes, curves, lines)
-            drawing.count_axis(axes, 1, last)
+            labels = _draw(axes, curves, lines, last, digits=2 if percent else None)
             drawing.name_axes(axes, x="epoch" if row == len(rows) - 1 else "")
+        ends[panels[-1]] = labels
         drawing.name_axes(panels[0], y=label)
         drawing.value_axis(panels[0], [*(curve.mean for curve in curves), lines], percent)
         if enlarged:
             _enlarge(panels[1], curves, lines, last)
-        digits = 2 if percent else None
-        ends[panels[-1]] = _ends(
-            curves,
-            lambda curve, digits=digits: f"{curve.method} {drawing.number(curve.mean[-1], digits)}",
-            {line: f"teacher {line:.2f}" for line in lines},
-            last,
-        )
     curves = rows[0][2]
     handles = [
         drawing.line_handle(
@@ -126,3 +111,126 @@ def learning_curves(run: "Run") -> bytes | None:
     drawing.legend(figure, handles, columns=2)
     drawing.label_ends(figure, ends)
     return drawing.to_bytes(figure)
+
+
+def compared_curves(runs: "Sequence[Run]") -> bytes | None:
+    """Draws the accuracies of run folders, a panel for each; None before the first epoch's end."""
+    shown = [(run, curves) for run in runs if (curves := _curves(run, "val_accuracy", 100))]
+    if not shown:
+        return None
+    columns = min(len(shown), _COLUMNS)
+    rows = -(-len(shown) // columns)
+    # Accuracies of the same images are to be compared from panel to panel.
+    same = len({run.seeds[0].dataset for run, _ in shown}) == 1
+    figure = drawing.new_figure(1.2 + 3.1 * columns, 0.7 + 2.7 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=same).flatten()
+    values: list[Any] = []
+    ends: drawing.Ends = {}
+    for position, (axes, (run, curves)) in enumerate(zip(panels, shown, strict=False)):
+        lines = [100 * teacher.test_accuracy for teacher in run.teachers()]
+        ends[axes] = _draw(axes, curves, lines, _last_epoch(curves), digits=1, named=False)
+        values = [*(values if same else []), *(curve.mean for curve in curves), lines]
+        drawing.value_axis(axes, values, percent=True)
+        label = "" if position % columns else _held_out(run)
+        drawing.name_axes(axes, drawing.short(run.name, 30), x="epoch", y=label)
+        axes.tick_params(labelleft=True)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    present = {seed.method for run, _ in shown for seed in run.seeds}
+    handles = [
+        drawing.line_handle(method, **style, linewidth=2)
+        for method, style in _METHODS.items()
+        if method in present
+    ]
+    if any(run.teachers() for run, _ in shown):
+        handles.append(drawing.line_handle("teacher", **_TEACHER))
+    if any(curve.unfinished for _, curves in shown for curve in curves):
+        handles.append(drawing.line_handle("unfinished", linewidth=1, marker="x"))
+    drawing.legend(figure, handles, columns=5)
+    drawing.label_ends(figure, ends)
+    return drawing.to_bytes(figure)
+
+
+def _held_out(run: "Run") -> str:
+    """Says on which images the accuracies by epoch were measured."""
+    kinds = {bool(seed.config.get("validation_fraction")) for seed in run.seeds}
+    names = " or ".join(("test images", "validation images")[kind] for kind in sorted(kinds))
+    return f"accuracy on the\n{names} (%)"
+
+
+def _curves(run: "Run", column: str, scale: float) -> list[Curve]:
+    """Returns the lines of a column of `history.csv`, its values times `scale`."""
+    curves = []
+    for method, seeds in run.by_method().items():
+        known = [seed for seed in seeds if np.isfinite(seed.history.get(column, [])).any()]
+        finished = [seed for seed in known if seed.result is not None]
+        if finished:
+            label = f"{method} (mean of {len(finished)} seeds)" if len(finished) > 1 else method
+            curves.append(_curve(label, finished, column, scale))
+        for seed in known:
+            if seed.result is None:
+                label = f"{method} seed {seed.seed}: {seed.progress}"
+                curves.append(_curve(label, [seed], column, scale))
+    return curves
+
+
+def _curve(label: str, seeds: "list[SeedRun]", column: str, scale: float) -> Curve:
+    epochs = np.unique(np.concatenate([seed.history["epoch"] for seed in seeds]))
+    values = np.full((len(seeds), len(epochs)), np.nan)
+    for row, seed in zip(values, seeds, strict=True):
+        row[np.searchsorted(epochs, seed.history["epoch"])] = scale * seed.history[column]
+    values[~np.isfinite(values)] = np.nan
+    kept = np.isfinite(values).any(axis=0)
+    unfinished = seeds[0].result is None
+    return Curve(seeds[0].method, label, epochs[kept], values[:, kept], unfinished)
+
+
+def _last_epoch(curves: Sequence[Curve]) -> int:
+    return int(max(curve.epochs[-1] for curve in curves))
+
+
+def _draw(
+    axes: drawing.Axes,
+    curves: Sequence[Curve],
+    teachers: Sequence[float],
+    last: int,
+    digits: int | None,
+    named: bool = True,
+) -> list[tuple[float, str, Any]]:
+    """Draws all lines, and returns what `drawing.label_ends` needs of those that reach the end."""
+    drawing.style(axes)
+    drawing.count_axis(axes, 1, last)
+    for curve in curves:
+        curve.draw(axes)
+    for value in teachers:
+        axes.axhline(value, **_TEACHER)
+    ends = [
+        (float(curve.mean[-1]), curve.method, _METHODS[curve.method]["color"])
+        for curve in curves
+        if curve.epochs[-1] == last
+    ]
+    ends += [(value, "teacher", drawing.INK) for value in teachers]
+    return [
+        (value, f"{name if named else ''} {drawing.number(value, digits)}".strip(), colour)
+        for value, name, colour in ends
+    ]
+
+
+def _enlarge(
+    axes: drawing.Axes, curves: Sequence[Curve], teachers: Sequence[float], last: int
+) -> None:
+    """Sets the limits to the last epochs, and to the values there."""
+    first = last - max(last // 8, 5)
+    drawing.count_axis(axes, first, last, most=4)
+    axes.set_title("the last epochs", fontsize=drawing.SIZE - 1, color=drawing.INK, loc="left")
+    values = np.concatenate([curve.values[:, curve.epochs >= first].ravel() for curve in curves])
+    if not len(values):
+        return
+    low, high = np.nanmin(values), np.nanmax(values)
+    near = max(1.5 * (high - low), 4.0)
+    for value in teachers:
+        if low - near < value < high + near:
+            low, high = min(low, value), max(high, value)
+    room = 0.08 * (high - low) or 0.05 * abs(high) or 0.1
+    axes.set_ylim(low - room, high + room)
+    axes.locator_params(axis="y", nbins=6, steps=[1, 2, 5, 10])

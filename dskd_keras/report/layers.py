@@ -64,7 +64,7 @@ def losses(seed: "SeedRun") -> bytes | None:
         ends[axes] = [
             (end, f"{line.get_label()} {drawing.number(end)}", line.get_color())
             for line in lines
-            for end in [float(line.get_ydata()[-1])]
+            for end in [float(np.asarray(line.get_ydata())[-1])]
         ]
         drawing.value_axis(axes, layers.values(), percent=False)
         drawing.count_axis(axes, 1, epochs[-1])

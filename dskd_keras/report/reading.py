@@ -1,10 +1,13 @@
 """Reads run folders: whatever is there, in whatever state a run left it."""
 
+import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import yaml
 
 from dskd_keras.errors import InputError
-from dskd_keras.report.run_result import RunResult
+from dskd_keras.report.run_result import RunResult, by_row, known
 
 # In the order of tables: each adds something to the one before.
 METHODS = ("ce", "kd", "dskd")
@@ -27,15 +30,10 @@ _Place = tuple[Path, str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """How often images of one class were taken for another.
+    """How often images of one class were taken for another."""
 
-    Attributes:
-        names: The classes' names, `[C]`.
-        counts: Test images by true (row) and predicted class (column), `[C, C]`.
-    """
-
-    names: tuple[str, ...]
-    counts: np.ndarray
+    names: tuple[str, ...]  # of the classes, [C]
+    counts: np.ndarray  # test images by true (row) and predicted class (column), [C, C]
 
     def pairs(self, most: int) -> list[tuple[str, str, int, int]]:
         """Returns the most confused pairs, `(true, predicted, count, images of the true class)`."""
@@ -53,27 +51,16 @@ class Confusion:
 
 @dataclasses.dataclass(frozen=True)
 class SeedRun:
-    """One training run of a run folder, `METHOD/seed-N`.
-
-    Attributes:
-        folder: Its path.
-        method: dskd, kd or ce.
-        seed: N.
-        config: The fields of `config.yaml`; `{}` where it can't be read.
-        history: `[epochs]` values by column, NaN where one is missing; the first `epoch` is 1.
-        result: None in an unfinished run.
-        confusion: None in an unfinished run.
-        problems: What couldn't be read, a sentence each.
-    """
+    """One training run of a run folder, `METHOD/seed-N`."""
 
     folder: Path
     method: str
     seed: int
-    config: dict[str, Any]
-    history: dict[str, np.ndarray]
-    result: RunResult | None
+    config: dict[str, Any]  # {} where it can't be read
+    history: dict[str, np.ndarray]  # [epochs] by column, NaN where a value is missing
+    result: RunResult | None  # None in an unfinished run, as the confusion
     confusion: Confusion | None
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # what couldn't be read, a sentence each
 
     @property
     def epochs(self) -> int:
@@ -84,10 +71,13 @@ class SeedRun:
     @property
     def state(self) -> str:
         """Says how far the run is."""
-        if self.result is not None:
-            return "finished"
+        return f"{self.progress}, unfinished" if self.result is None else "finished"
+
+    @property
+    def progress(self) -> str:
+        """Says which epoch is the last that is finished."""
         total = self.config.get("epochs")
-        return f"epoch {self.epochs}{f' of {total}' if total else ''}, unfinished"
+        return f"epoch {self.epochs}{f' of {total}' if total else ''}"
 
     @property
     def model(self) -> str:
@@ -111,125 +101,92 @@ class SeedRun:
 
     def layers(self, quantity: str) -> dict[str, np.ndarray]:
         """Returns `{layer: values}` of the columns `QUANTITY/LAYER`, shallow layers first."""
+        start = f"{quantity}/"
         columns = {
-            name.partition("/")[2]: values
+            name.removeprefix(start): values
             for name, values in self.history.items()
-            if name.startswith(f"{quantity}/") and np.isfinite(values).any()
+            if name.startswith(start) and np.isfinite(values).any()
         }
         # CSVLogger sorts its columns; the configuration knows the order of the layers.
         named = self.config.get("student_layers")
-        order = [str(name) for name in named] if isinstance(named, list) else []
-        order += sorted(set(columns) - set(order))
-        return {name: columns[name] for name in order if name in columns}
+        order = [*map(str, named)] if isinstance(named, list) else []
+        return {
+            name: columns[name] for name in dict.fromkeys([*order, *columns]) if name in columns
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder.
-
-    Attributes:
-        name: What tells it from the other run folders.
-        folder: Its path.
-        seeds: Its `SeedRun` objects, by method and seed.
-    """
+    """A run folder, with a name that tells it from the others."""
 
     name: str
     folder: Path
-    seeds: tuple[SeedRun, ...]
+    seeds: tuple[SeedRun, ...]  # by method and seed
 
     def by_method(self) -> dict[str, list[SeedRun]]:
         """Returns `{method: [SeedRun]}`, in the order of tables."""
-        groups: dict[str, list[SeedRun]] = {}
-        for seed in self.seeds:
-            groups.setdefault(seed.method, []).append(seed)
-        return groups
+        groups = itertools.groupby(self.seeds, key=lambda seed: seed.method)
+        return {method: list(seeds) for method, seeds in groups}
+
+    @property
+    def results(self) -> list[RunResult]:
+        """The results of the finished runs."""
+        return [seed.result for seed in self.seeds if seed.result is not None]
 
     def teachers(self) -> list[RunResult]:
         """Returns the `RunResult` of each teacher; a student's run repeats its own."""
-        groups: dict[tuple[Any, ...], list[RunResult]] = {}
-        for seed in self.seeds:
-            if seed.result is None or not seed.result.teacher:
-                continue
-            try:
-                teacher = RunResult.from_dict(seed.result.teacher)
-            except InputError:
-                continue
-            key = (teacher.model, teacher.parameters, teacher.test_accuracy)
-            groups.setdefault(key, []).append(teacher)
+        found = []
+        for result in self.results:
+            with contextlib.suppress(InputError):
+                found += [RunResult.from_dict(result.teacher)] if result.teacher else []
         # The same teacher is timed anew in every run.
         return [
-            dataclasses.replace(
-                teachers[0],
-                latency_ms=float(np.median(times))
-                if (times := [t.latency_ms for t in teachers if t.latency_ms is not None])
-                else None,
-            )
-            for teachers in groups.values()
+            dataclasses.replace(same[0], latency_ms=statistics.median(times) if times else None)
+            for same in by_row(found)
+            for times in [known(same, "latency_ms")]
         ]
 
 
 def read_runs(run_dirs: str | Path | Iterable[str | Path]) -> list[Run]:
-    """Reads run folders.
-
-    Args:
-        run_dirs: Their paths, or one path.
-
-    Returns:
-        A `Run` for each.
-
-    Raises:
-        InputError: A path is no run folder.
-    """
-    by_folder: dict[Path, Path] = {}
-    for run_dir in map(Path, [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs):
-        by_folder.setdefault(run_dir.resolve(), run_dir)
-    if not by_folder:
+    """Reads run folders; raises `InputError` for a path that is none."""
+    run_dirs = [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs
+    # By where they are: a folder can have several paths.
+    folders: dict[Path, Path] = {}
+    for run_dir in map(Path, run_dirs):
+        folders.setdefault(run_dir.resolve(), run_dir)
+    if not folders:
         raise InputError("run_dir: none given. Give one or more run folders, such as runs/PAIR.")
-    found = [_seed_folders(run_dir) for run_dir in by_folder.values()]
+    found = [_seed_folders(run_dir) for run_dir in folders.values()]
     return [
-        Run(name, run_dir, tuple(_read_seed(*seed) for seed in seeds))
-        for name, run_dir, seeds in zip(
-            _names(list(by_folder)), by_folder.values(), found, strict=True
-        )
+        Run(_name(place, folders), run_dir, tuple(_read_seed(*seed) for seed in seeds))
+        for (place, run_dir), seeds in zip(folders.items(), found, strict=True)
     ]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Returns the shortest ends of the paths that differ."""
-    ends = []
-    for folder in folders:
-        parts = 1
-        while parts < len(folder.parts) and any(
-            other != folder and other.parts[-parts:] == folder.parts[-parts:] for other in folders
-        ):
-            parts += 1
-        ends.append("/".join(folder.parts[-parts:]))
-    return ends
+def _name(folder: Path, folders: Iterable[Path]) -> str:
+    """Returns the shortest end of the path that no other path has."""
+    others = [other.parts for other in folders if other != folder]
+    ends = (folder.parts[-count:] for count in range(1, len(folder.parts) + 1))
+    return "/".join(next(e for e in ends if all(other[-len(e) :] != e for other in others)))
 
 
 def _seed_folders(folder: Path) -> list[_Place]:
-    """Returns the training runs in a folder.
-
-    Raises:
-        InputError: There is none; the message says which folder was meant.
-    """
+    """Returns the training runs in a folder; where there is none, says which folder was meant."""
     if not folder.is_dir():
         kind = "is a file, not a run folder" if folder.exists() else "does not exist"
         beside = _described(_runs_in(folder.parent))
         hint = f" Runs beside it: {beside}." if beside else " Give a run folder, such as runs/PAIR."
         raise InputError(f"run_dir: '{folder}' {kind}.{hint}")
-    found = _seeds_in(folder)
-    if found:
+    if found := _seeds_in(folder):
         return found
-    above = Path(os.path.normpath(folder / ".."))
-    for kind, run in (("method", above), ("seed", Path(os.path.normpath(above / "..")))):
-        parts = {path.parent if kind == "method" else path for path, _, _ in _seeds_in(run)}
-        if folder.resolve() in {part.resolve() for part in parts}:
+    for kind, up in (("method", ".."), ("seed", "../..")):
+        run = Path(os.path.normpath(folder / up))
+        seeds = {path.resolve() for path, _, _ in _seeds_in(run)}
+        if folder.resolve() in seeds | {seed.parent for seed in seeds}:
             raise InputError(
                 f"run_dir: '{folder}' is the folder of one {kind}. Give the run folder, '{run}'."
             )
-    inside = _described(_runs_in(folder))
-    if inside:
+    if inside := _described(_runs_in(folder)):
         raise InputError(f"run_dir: '{folder}' is no run folder, but holds some: {inside}.")
     raise InputError(
         f"run_dir: '{folder}' holds no run. A run folder, such as runs/PAIR, has METHOD/seed-N "
@@ -238,23 +195,16 @@ def _seed_folders(folder: Path) -> list[_Place]:
 
 
 def _seeds_in(folder: Path) -> list[_Place]:
-    found: list[_Place] = []
-    for method in METHODS:
-        paths = list((folder / method).iterdir()) if (folder / method).is_dir() else []
-        seeds = [
-            (path, method, int(match[1]))
-            for path in paths
-            if (match := _SEED.fullmatch(path.name)) and path.is_dir()
-        ]
-        found += sorted(seeds, key=lambda seed: seed[2])
-    return found
+    found = [
+        (path, path.parent.name, int(match[1]))
+        for path in folder.glob("*/seed-*")
+        if (match := _SEED.fullmatch(path.name)) and path.parent.name in METHODS and path.is_dir()
+    ]
+    return sorted(found, key=lambda place: (METHODS.index(place[1]), place[2]))
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    try:
-        return [path for path in sorted(folder.iterdir()) if path.is_dir() and _seeds_in(path)]
-    except OSError:
-        return []
+    return [path for path in sorted(folder.glob("*")) if _seeds_in(path)]
 
 
 def _described(folders: Sequence[Path]) -> str:
@@ -263,31 +213,23 @@ def _described(folders: Sequence[Path]) -> str:
 
 
 def _read_seed(folder: Path, method: str, seed: int) -> SeedRun:
+    parts: list[Any] = []
     problems = []
-    parts: dict[str, Any] = {}
-    readers: tuple[tuple[str, Callable[[Path], Any], Any], ...] = (
-        ("config.yaml", _read_config, {}),
-        ("history.csv", _read_history, {"epoch": np.empty(0)}),
-        ("metrics.json", RunResult.read, None),
-        ("confusion.csv", _read_confusion, None),
-    )
-    for name, read, otherwise in readers:
-        parts[name] = otherwise
+    readers: dict[str, tuple[Callable[[Path], Any], Any]] = {
+        "config.yaml": (_read_config, {}),
+        "history.csv": (_read_history, {"epoch": np.empty(0)}),
+        "metrics.json": (RunResult.read, None),
+        "confusion.csv": (_read_confusion, None),
+    }
+    for name, (read, otherwise) in readers.items():
+        parts.append(otherwise)
         if (folder / name).exists():
             try:
-                parts[name] = read(folder / name)
+                parts[-1] = read(folder / name)
             except (OSError, ValueError, yaml.YAMLError, csv.Error):
                 problems.append(f"{method}/seed-{seed}/{name} is damaged and was passed over.")
-    return SeedRun(
-        folder=folder,
-        method=method,
-        seed=seed,
-        config=parts["config.yaml"],
-        history=parts["history.csv"],
-        result=parts["metrics.json"],
-        confusion=parts["confusion.csv"],
-        problems=tuple(problems),
-    )
+    config, history, result, confusion = parts
+    return SeedRun(folder, method, seed, config, history, result, confusion, tuple(problems))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -302,22 +244,17 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
 
     The first epoch is 1; files of older versions, where it is 0, are read as if it were.
     """
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "")
     # A line without its end may be cut within a number, which would still be read as one.
-    lines = text[: text.rfind("\n") + 1]
-    rows = csv.reader(io.StringIO(lines.replace("\0", "")))
-    header = next(rows, [])
+    header, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))) or [[]]
     if "epoch" not in header:
         return {"epoch": np.empty(0)}
+    values = [[_number(cell) for cell in row] for row in rows if len(row) == len(header)]
     # A resumed run repeats epochs; the later row is the one that it went on from.
-    by_epoch = {}
-    for row in rows:
-        values = dict(zip(header, map(_number, row), strict=False))
-        if len(row) == len(header) and np.isfinite(values["epoch"]):
-            by_epoch[values["epoch"]] = values
-    ordered = [by_epoch[epoch] for epoch in sorted(by_epoch)]
-    history = {name: np.array([row[name] for row in ordered], dtype=float) for name in header}
-    if ordered and ordered[0]["epoch"] == 0:
+    rows_by_epoch = {row[header.index("epoch")]: row for row in values}
+    ordered = [rows_by_epoch[epoch] for epoch in sorted(rows_by_epoch) if np.isfinite(epoch)]
+    history = dict(zip(header, np.reshape(ordered, (-1, len(header))).T, strict=True))
+    if 0 in history["epoch"]:
         history["epoch"] += 1
     return history
 

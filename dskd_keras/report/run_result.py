@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,4 +102,20 @@ class RunResult:
 
     def to_json(self) -> str:
         """Returns what `metrics.json` holds."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def by_row(results: Iterable[RunResult]) -> list[list[RunResult]]:
+    """Groups the results that share a row of a table: they differ in the seed alone."""
+    groups: dict[tuple[Any, ...], list[RunResult]] = {}
+    for result in results:
+        # The spread of a row is that of seeds, never that of two teachers.
+        teacher = result.method == "teacher" and (result.parameters, result.test_accuracy)
+        groups.setdefault((result.model, result.method, teacher), []).append(result)
+    return list(groups.values())
+
+
+def known(results: Iterable[RunResult], field: str) -> list[Any]:
+    """Returns a field's values, without those that are None."""
+    values = (getattr(result, field) for result in results)
+    return [value for value in values if value is not None]

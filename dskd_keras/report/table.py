@@ -2,23 +2,35 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dskd_keras.report.run_result import RunResult
+from dskd_keras.report.run_result import RunResult, by_row, known
 
 # Columns that the widest table takes, with names of some length.
 _WIDTH = 120
+DASH = "–"
+
+# By field: the head of its column, what its values are multiplied by, their digits, and whether
+# their spread over the seeds says something.
+_FIELDS = {
+    "parameters": ("parameters", 1, 0, False),
+    "test_accuracy": ("accuracy\n%", 100, 2, True),
+    "best_accuracy": ("best\n%", 100, 2, True),
+    "teacher_agreement": ("agreement\n%", 100, 1, True),
+    "images_per_second": ("images/s", 1, 0, True),
+    "latency_ms": ("latency\nms", 1, 2, False),
+    "weight_bytes": ("size\nMiB", 2**-20, 2, False),
+}
 
 
 def results_table(title: str, results: Iterable[RunResult]) -> Table:
     """Returns a table with a row for each model and method.
 
-    Agreement with the teacher, latency and size have a column where some result has them.
+    A quantity has a column where some result has it.
 
     Args:
         title: Its title.
@@ -26,42 +38,19 @@ def results_table(title: str, results: Iterable[RunResult]) -> Table:
             deviation.
     """
     results = list(results)
-    groups: dict[tuple[Any, ...], list[RunResult]] = {}
-    for result in results:
-        # The spread of a row is that of seeds, never that of two teachers.
-        other = result.test_accuracy if result.method == "teacher" else None
-        groups.setdefault((result.model, result.method, other), []).append(result)
-    sentences = [*caption(results), "images/s: in the model's own training."]
-    columns: dict[str, Callable[[list[RunResult]], str]] = {
-        "parameters": lambda runs: f"{runs[0].parameters:,}",
-        "accuracy\n%": lambda runs: spread(percents(runs, "test_accuracy"), 2),
-        "best\n%": lambda runs: spread(percents(runs, "best_accuracy"), 2),
-    }
-    if known(results, "teacher_agreement"):
-        columns["agreement\n%"] = lambda runs: spread(percents(runs, "teacher_agreement"), 1)
-    columns["images/s"] = lambda runs: spread(known(runs, "images_per_second"), 0)
-    if known(results, "latency_ms"):
-        columns["latency\nms"] = lambda runs: mean(known(runs, "latency_ms"), 2)
-        sentences.append("latency: of one image.")
-    if known(results, "weight_bytes"):
-        columns["size\nMiB"] = lambda runs: mean(mebibytes(runs), 2)
-    columns["seeds"] = lambda runs: " ".join(map(str, known(runs, "seed"))) or "–"
+    fields = [field for field in _FIELDS if known(results, field)]
     table = Table(
-        title=title,
-        title_justify="left",
-        caption=" ".join(sentences),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+        title=title, title_justify="left", caption=" ".join(caption(results, fields)),
+        caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
     for column in ("model", "method"):
         table.add_column(column, no_wrap=True, vertical="bottom")
-    for column in columns:
+    for column in (*(_FIELDS[field][0] for field in fields), "seeds"):
         # Wrapped in a narrow window, where an ellipsis would hide the numbers.
         table.add_column(column, justify="right", vertical="bottom")
-    for (model, method, _), runs in groups.items():
-        table.add_row(model, method, *(cell(runs) for cell in columns.values()))
+    for row in by_row(results):
+        cells = [cell(row, field) for field in fields]
+        table.add_row(row[0].model, row[0].method, *cells, seeds(row))
     return table
 
 
@@ -72,43 +61,39 @@ def console() -> Console:
     return Console(width=width, highlight=False, markup=False, soft_wrap=True)
 
 
-def caption(results: Sequence[RunResult]) -> list[str]:
-    """Returns the sentences that say what a table's accuracies are."""
-    sentences = ["accuracy: on the test set, after the last epoch."]
-    for chosen_on, held_out in (
-        ("test", "the test set, which makes it optimistic"),
-        ("validation", "the validation images, measured on the test set"),
-    ):
-        if any(result.best_chosen_on == chosen_on for result in results):
-            sentences.append(f"best: after the epoch that is best on {held_out}.")
-    if known(results, "teacher_agreement"):
-        sentences.append("agreement: test images on which student and teacher predict the same.")
-    return sentences
+def caption(results: Sequence[RunResult], fields: Iterable[str]) -> list[str]:
+    """Returns the sentences that say what the columns of some fields are."""
+    best = "best: after the epoch that is best on the"
+    agreement = "agreement: test images on which student and teacher predict the same."
+    sentences = {
+        "test_accuracy": "accuracy: on the test set, after the last epoch.",
+        "best on test": f"{best} test set, which makes it optimistic.",
+        "best on validation": f"{best} validation images, measured on the test set.",
+        "teacher_agreement": agreement,
+        "images_per_second": "images/s: in the model's own training.",
+        "latency_ms": "latency: of one image.",
+    }
+    shown = [field for field in fields if known(results, field)]
+    shown += [f"best on {images}" for images in known(results, "best_chosen_on")]
+    return [sentence for subject, sentence in sentences.items() if subject in shown]
 
 
-def known(results: Iterable[RunResult], field: str) -> list[Any]:
-    """Returns a field's values, without those that are None."""
-    values = (getattr(result, field) for result in results)
-    return [value for value in values if value is not None]
+def cell(results: Sequence[RunResult], field: str) -> str:
+    """Returns what the results of one row have in the column of a field."""
+    _, scale, digits, with_spread = _FIELDS[field]
+    return spread([scale * value for value in known(results, field)], digits, with_spread)
 
 
-def percents(results: Iterable[RunResult], field: str) -> list[float]:
-    """Returns the known values of a share, times 100."""
-    return [100 * value for value in known(results, field)]
+def seeds(results: Sequence[RunResult]) -> str:
+    """Returns the seeds of one row."""
+    return " ".join(map(str, known(results, "seed"))) or DASH
 
 
-def mebibytes(results: Iterable[RunResult]) -> list[float]:
-    """Returns the known sizes of the weights, in MiB."""
-    return [value / 2**20 for value in known(results, "weight_bytes")]
-
-
-def mean(values: Sequence[float], digits: int) -> str:
-    """Returns the mean as text, "–" without any value."""
-    return f"{statistics.mean(values):,.{digits}f}" if values else "–"
-
-
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int, with_spread: bool = True) -> str:
     """Returns mean ± sample standard deviation as text, the value alone where there is one."""
-    if len(values) < 2:
-        return mean(values, digits)
-    return f"{mean(values, digits)} ± {statistics.stdev(values):,.{digits}f}"
+    if not values:
+        return DASH
+    text = f"{statistics.mean(values):,.{digits}f}"
+    if with_spread and len(values) > 1:
+        text += f" ± {statistics.stdev(values):,.{digits}f}"
+    return text

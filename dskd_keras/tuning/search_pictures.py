@@ -14,13 +14,9 @@ _MOST_LETTERS = 22
 
 
 def parameters(rows: Sequence[TrialResult]) -> bytes | None:
-    """Draws the accuracy of all trials over each parameter.
+    """Draws the accuracy of all trials over each parameter; None if no trial succeeded.
 
-    Args:
-        rows: What `ranking.collect` returned.
-
-    Returns:
-        The PNG; None if no trial succeeded.
+    The best trial is the first row, as `ranking.collect` returns them.
     """
     rows = [row for row in rows if row.val_accuracy is not None]
     if not rows:
@@ -37,13 +33,12 @@ def parameters(rows: Sequence[TrialResult]) -> bytes | None:
         known = [row for row in rows if name in row.values]
         values = [row.values[name] for row in known]
         if isinstance(values[0], float):
-            axes.set_xscale("log")
-            _log_axis(axes, min(values), max(values))
             places = values
+            axes.set_xscale("log")
+            drawing.log_ticks(axes.xaxis, min(values), max(values), most=1.5)
         else:
             places = _choices(axes, [ranking.format_value(value) for value in values])
         accuracies = [100 * (row.val_accuracy or 0) for row in known]
-        # The best trial is the first row.
         axes.scatter(
             places, accuracies, s=26, color=drawing.BLUE, alpha=0.75, linewidths=0, zorder=3
         )
@@ -53,7 +48,7 @@ def parameters(rows: Sequence[TrialResult]) -> bytes | None:
                 linewidths=2, zorder=4,
             )  # fmt: skip
         axes.locator_params(axis="y", nbins=5)
-        axes.margins(y=0.1)
+        axes.margins(0.1)
         label = "" if index % _COLUMNS else "validation\naccuracy (%)"
         drawing.name_axes(axes, x=name.replace("_", " "), y=label)
     figure.suptitle(
@@ -66,11 +61,7 @@ def parameters(rows: Sequence[TrialResult]) -> bytes | None:
 def progress(rows: Sequence[TrialResult]) -> bytes | None:
     """Draws the accuracy of the trials in their order, and the best so far.
 
-    Args:
-        rows: What `ranking.collect` returned.
-
-    Returns:
-        The PNG; None if no trial succeeded.
+    Returns None if no trial succeeded.
     """
     rows = sorted(rows, key=lambda row: row.trial)
     done = [row for row in rows if row.val_accuracy is not None]
@@ -101,13 +92,6 @@ def progress(rows: Sequence[TrialResult]) -> bytes | None:
     drawing.name_axes(axes, x="trial", y="validation accuracy (%)")
     drawing.legend(figure, axes.get_legend_handles_labels()[0], columns=3)
     return drawing.to_bytes(figure)
-
-
-def _log_axis(axes: drawing.Axes, low: float, high: float) -> None:
-    low, high = (low / 1.1, high * 1.1) if low == high else (low, high)
-    room = (high / low) ** 0.1
-    axes.set_xlim(low / room, high * room)
-    drawing.log_ticks(axes.xaxis, low, high, most=1.5)
 
 
 def _choices(axes: drawing.Axes, texts: Sequence[str]) -> list[int]:
