@@ -5,13 +5,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dskd_keras import startup
 from dskd_keras.errors import ExportError, InputError, TrainingError, missing_package
-from dskd_keras.experiment.config import ExperimentConfig
 
-Config = TypeVar("Config", bound=ExperimentConfig)
+if TYPE_CHECKING:
+    from dskd_keras.experiment.config import ExperimentConfig
+    from dskd_keras.tuning.config import SearchConfig
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +25,17 @@ def train(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a run that failed, 2 for a wrong input, 128 and more for a signal.
     """
 
-    def work(config: ExperimentConfig, argv: Sequence[str]) -> None:
+    def config_class() -> type:
+        from dskd_keras.experiment.config import ExperimentConfig
+
+        return ExperimentConfig
+
+    def work(config: "ExperimentConfig", argv: Sequence[str]) -> None:
         from dskd_keras.experiment import pipeline
 
         pipeline.run(config, command=_command_line("train", argv))
 
-    return _run("train", ExperimentConfig, argv, work)
+    return _run("train", config_class, argv, work)
 
 
 def tune(argv: Sequence[str] | None = None) -> int:
@@ -41,22 +47,25 @@ def tune(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as that of `train`.
     """
-    from dskd_keras.tuning.config import SearchConfig
 
-    def work(config: SearchConfig, argv: Sequence[str]) -> None:
+    def config_class() -> type:
+        from dskd_keras.tuning.config import SearchConfig
+
+        return SearchConfig
+
+    def work(config: "SearchConfig", argv: Sequence[str]) -> None:
         try:
             from dskd_keras.tuning import search
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("keras_tuner", "grpc", "six"):
                 raise
-            package = str(error.name).replace("_", "-")
-            raise missing_package("tune", package, "tune") from None
+            raise missing_package("tune", _pip_name(error), "tune") from None
         # A module beside the package, in a clone as in an installation.
         commands = Path(__file__).parent.parent / "dskd_commands.py"
         worker = [sys.executable, str(commands), "tune", *argv]
         search.run(config, command=_command_line("tune", argv), worker_command=worker)
 
-    return _run("tune", SearchConfig, argv, work)
+    return _run("tune", config_class, argv, work)
 
 
 def report(argv: Sequence[str] | None = None) -> int:
@@ -75,18 +84,20 @@ def report(argv: Sequence[str] | None = None) -> int:
 
 def _run(
     name: str,
-    config_class: type[Config],
+    config_class: Callable[[], type],
     argv: Sequence[str] | None,
-    work: Callable[[Config, Sequence[str]], None],
+    work: Callable[[Any, Sequence[str]], None],
 ) -> int:
-    """Runs `train` or `tune`; what `work` needs it imports itself, after the flags are read."""
+    """Runs `train` or `tune`. Each imports what it needs when it needs it, and may lack it."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:
             from dskd_keras.experiment import command_line
+
+            kind = config_class()
         except ModuleNotFoundError as error:
-            raise missing_package(name, str(error.name), "train") from None
-        config = command_line.parse(config_class, argv, _program(name))
+            raise missing_package(name, _pip_name(error), "train") from None
+        config: Any = command_line.parse(kind, argv, _program(name))
         config.check_files()
         if startup.check_backend() == "tensorflow":
             startup.import_tensorflow()
@@ -114,6 +125,12 @@ def _command_line(name: str, argv: Sequence[str]) -> str:
     program = _program(name)
     start = ["python", program] if program.endswith(".py") else [program]
     return " ".join([*prefix, shlex.join([*start, *argv])])
+
+
+def _pip_name(error: ModuleNotFoundError) -> str:
+    """What pip calls the package of a module that is missing."""
+    package = str(error.name).partition(".")[0]
+    return {"yaml": "pyyaml", "grpc": "grpcio"}.get(package, package.replace("_", "-"))
 
 
 def _fail(message: object, status: int = 2) -> int:

@@ -13,7 +13,7 @@ from dskd_keras.errors import InputError, unknown_name, wrong
 from dskd_keras.losses import FeatureMeanSquaredError, KLDivergence
 from dskd_keras.progress import Place, ProgressLine
 from dskd_keras.teacher import FrozenTeacher
-from dskd_keras.weighting import Weighting
+from dskd_keras.weighting import Weighting, renamed
 from dskd_keras.weighting import get as get_weighting
 
 
@@ -164,8 +164,7 @@ class Distiller(keras.Model):
         # Two copies, because a strategy with a state must not mix the two kinds of loss.
         strategy = get_weighting(weighting)
         self.prediction_weighting, self.feature_weighting = (
-            type(strategy).from_config({**strategy.get_config(), "name": copy})
-            for copy in ("prediction_weighting", "feature_weighting")
+            renamed(strategy, copy) for copy in ("prediction_weighting", "feature_weighting")
         )
         self.student_with_heads = heads.attach(
             student,

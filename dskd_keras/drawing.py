@@ -150,8 +150,7 @@ def layer_lines(axes: Axes, places: np.ndarray, layers: Mapping[str, np.ndarray]
         few = finite.sum() <= MOST_MARKERS
         lines += axes.plot(
             places[finite], values[finite], linewidth=1.8, markersize=5, label=name,
-            color=layer_colour(position),
-            linestyle=_STYLES[position % len(_STYLES)],
+            color=layer_colour(position), linestyle=_STYLES[position % len(_STYLES)],
             marker=_MARKERS[position % len(_MARKERS)] if few else None,
         )  # fmt: skip
     return lines
@@ -167,24 +166,19 @@ def label_ends(figure: Figure, ends: Ends) -> None:
 
     All else is in the figure already, and the axes have their limits.
     """
+    line = {"arrowstyle": "-", "linewidth": 1.4, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     annotations: dict[Axes, list[Any]] = {}
     for axes, lines in ends.items():
         to_axes = axes.transData + axes.transAxes.inverted()
         low, high = axes.get_ylim()
+        shown = [(value, text, colour) for value, text, colour in lines if low <= value <= high]
         annotations[axes] = [
             axes.annotate(
-                text, (1, place), (22, 0), xycoords="axes fraction", textcoords="offset points",
-                va="center", fontsize=SIZE - 1, color=INK, parse_math=False, annotation_clip=False,
-                arrowprops={
-                    "arrowstyle": "-", "color": colour, "linewidth": 1.4, "shrinkA": 1,
-                    "shrinkB": 3, "relpos": (0, 0.5),
-                },
+                text, (1, to_axes.transform((1, value))[1]), (22, 0), xycoords="axes fraction",
+                textcoords="offset points", va="center", fontsize=SIZE - 1, color=INK,
+                parse_math=False, annotation_clip=False, arrowprops={**line, "color": colour},
             )
-            for place, text, colour in sorted(
-                (float(to_axes.transform((1, value))[1]), text, colour)
-                for value, text, colour in lines
-                if low <= value <= high
-            )
+            for value, text, colour in sorted(shown)
         ]  # fmt: skip
     # Once, and kept: finding the layout takes as long as drawing.
     layout: Any = figure.get_layout_engine()
@@ -200,16 +194,11 @@ def label_ends(figure: Figure, ends: Ends) -> None:
 def _apart(places: Sequence[float], gap: float) -> np.ndarray:
     """Moves ascending places in 0 to 1 as little as needed to leave a gap between any two."""
     gaps = gap * np.arange(len(places))
-    # Without the gaps, the nearest places that don't fall: the min-max formula of isotonic
-    # regression.
     rest = np.asarray(places) - gaps
-    nearest = [
-        max(
-            min(rest[first:end].mean() for end in range(here + 1, len(rest) + 1))
-            for first in range(here + 1)
-        )
-        for here in range(len(rest))
-    ]
+    # Without the gaps, the nearest places that don't fall: isotonic regression, by its min-max
+    # formula.
+    means = [[rest[i : k + 1].mean() for k in range(i, len(rest))] for i in range(len(rest))]
+    nearest = [max(min(means[i][k - i :]) for i in range(k + 1)) for k in range(len(rest))]
     return np.clip(nearest, 0, max(1 - gap * (len(places) - 1), 0)) + gaps
 
 

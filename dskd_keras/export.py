@@ -166,7 +166,6 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def _installed(name: str) -> bool:
-    """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -279,18 +278,14 @@ def _litert_logits(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 # By format: from a path and images, float32 `[N, …]`, to logits `[N, C]`.
-_RUNTIMES = {
-    "onnx": _onnx_logits,
-    "saved_model": _saved_model_logits,
-    "litert": _litert_logits,
-}
+_RUNTIMES = {"onnx": _onnx_logits, "saved_model": _saved_model_logits, "litert": _litert_logits}
 
 
 def _keras_logits(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Returns the model's logits `[N, C]` in inference mode, computed in full float32."""
-    backend, data_format = keras.backend.backend(), keras.config.image_data_format()
+    channels_first = keras.config.image_data_format() == "channels_first"
     with _full_float32():
-        if (backend, data_format) == ("tensorflow", "channels_first"):
+        if channels_first and keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
             # Uncompiled, TensorFlow's convolutions lack this data format on CPUs.

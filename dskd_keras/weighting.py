@@ -179,3 +179,13 @@ def get(identifier: str | dict[str, Any] | Weighting) -> Weighting:
         identifier,
         f"one of {', '.join(_STRATEGIES)}, a configuration or a dskd_keras.weighting.Weighting",
     )
+
+
+def renamed(strategy: Weighting, name: str) -> Weighting:
+    """Returns a new strategy with the settings of one that is given, and none of its state."""
+    # Keras imports TensorFlow to make a configuration, on every backend: it takes seconds.
+    if type(strategy) is Softmax:
+        return Softmax(strategy.temperature, name=name)
+    if type(strategy) in _STRATEGIES.values():
+        return type(strategy)(name=name)
+    return type(strategy).from_config({**strategy.get_config(), "name": name})

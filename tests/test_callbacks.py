@@ -1,4 +1,5 @@
 import csv
+import functools
 import io
 import json
 import os
@@ -27,12 +28,11 @@ BACKEND = keras.backend.backend()
 LAYERS = ["stage1", "stage2"]
 BATCHES = (4, 4, 2)
 
-# Compiling takes most of the time, so the tests that can share a distiller, as it was made.
-_shared = {}
 
-
-def make(layers=LAYERS, learning_rate=0.05, compile_options=None, student=None, **options):
+def make(layers=LAYERS, learning_rate=None, compile_options=None, student=None, **options):
     keras.utils.set_random_seed(3)
+    if learning_rate is None:
+        learning_rate = keras.optimizers.schedules.ExponentialDecay(0.05, 1, decay_rate=0.9)
     teacher = small.convnet("teacher", width=5)
     distiller = dskd_keras.Distiller(
         teacher, student or small.convnet("student"), layers, **options
@@ -45,25 +45,29 @@ def make(layers=LAYERS, learning_rate=0.05, compile_options=None, student=None, 
     return distiller
 
 
+@functools.cache
+def compiled():
+    """A distiller that has trained, and its variables with their first values."""
+    distiller = make(compile_options={"metrics": ["accuracy"]})
+    distiller.optimizer.build(distiller.trainable_variables)
+    variables = [
+        *distiller.variables, *distiller.teacher.variables, *distiller.optimizer.variables,
+    ]  # fmt: skip
+    values = small.values(variables)
+    with small.eagerly():
+        distiller.train_on_batch(*small.images(4))
+    return distiller, list(zip(variables, values, strict=True))
+
+
 def shared():
-    if not _shared:
-        _shared["distiller"] = make()
-        _shared["distiller"].train_on_batch(*small.images(4))
-        fresh = make()
-        fresh.optimizer.build(fresh.trainable_variables)
-        _shared["values"] = small.values(everything(fresh))
-    distiller = _shared["distiller"]
-    for variable, value in zip(everything(distiller), _shared["values"], strict=True):
+    """The one distiller, as it was made: compiling takes most of the time."""
+    distiller, values = compiled()
+    for variable, value in values:
         variable.assign(value)
+    for variable in distiller.metrics_variables:
+        variable.assign(np.zeros(variable.shape, variable.dtype))
     distiller.resumed_at = Place()
     return distiller
-
-
-def everything(distiller):
-    return [
-        *distiller.variables, *distiller.teacher.variables, *distiller.optimizer.variables,
-        *distiller.metrics_variables,
-    ]  # fmt: skip
 
 
 def fit(distiller, callbacks, epochs=2, **options):
@@ -94,8 +98,9 @@ def by_hand(epochs=2):
         for stop in np.cumsum(BATCHES):
             begin = max(0, stop - 4) if stop < 10 else 8
             distiller.reset_metrics()
-            logs = distiller.train_on_batch(x[begin:stop], y[begin:stop], return_dict=True)
-            logs = {name: float(value) for name, value in logs.items() if name != "loss"}
+            with small.eagerly():
+                logs = distiller.train_on_batch(x[begin:stop], y[begin:stop], return_dict=True)
+            logs = {name: float(logs[name]) for name in distiller.term_names}
             assert distiller.step_terms() == pytest.approx(logs, rel=1e-6)
             found.append(logs)
     return found
@@ -117,7 +122,9 @@ def test_a_step_at_a_time_in_csv_and_tensorboard_and_picture_and_table(tmp_path)
     assert [(row["epoch"], row["step"]) for row in found] == [(i // 3 + 1, i + 1) for i in range(6)]
     expected = by_hand()
     assert list(found[0]) == ["epoch", "step", *distiller.term_names]
-    assert set(distiller.term_names) == set(expected[0])
+    assert set(distiller.term_names) == set(history) - {
+        "loss", "accuracy", "val_loss", "val_accuracy",
+    }  # fmt: skip
     for row, terms in zip(found, expected, strict=True):
         assert {name: row[name] for name in terms} == pytest.approx(terms, rel=1e-3, abs=1e-6)
         for kind in ("prediction", "feature"):
@@ -125,8 +132,8 @@ def test_a_step_at_a_time_in_csv_and_tensorboard_and_picture_and_table(tmp_path)
                 (row[f"deep_{kind}_allocation/{layer}"], row[f"deep_{kind}_loss/{layer}"])
                 for layer in LAYERS
             ]
-            assert sum(weight for weight, _ in of_layers) == pytest.approx(1.0, abs=1e-6)
-            assert sum(weight * loss for weight, loss in of_layers) == pytest.approx(
+            assert sum(part for part, _ in of_layers) == pytest.approx(1.0, abs=1e-6)
+            assert sum(part * loss for part, loss in of_layers) == pytest.approx(
                 row[f"deep_{kind}_loss"], rel=1e-5
             )
     for name in distiller.term_names:
@@ -148,13 +155,13 @@ def test_a_step_at_a_time_in_csv_and_tensorboard_and_picture_and_table(tmp_path)
     lines = text.getvalue()
     assert "means of epoch 1 → 2" in lines and "mean allocation" in lines
     for kind in ("prediction", "feature"):
-        loss, weight = (
+        loss, allocation = (
             history[f"deep_{kind}_{what}/stage2"] for what in ("loss", "allocation")
         )  # fmt: skip
         [line] = [line for line in lines.splitlines() if "stage2" in line and kind in line]
         assert f"{loss[0]:.4g} → {loss[1]:.4g}" in line
-        assert f"{weight[0]:.3f} → {weight[1]:.3f}" in line
-        assert f"{np.mean(weight):.3f}" in line.rsplit("→", 1)[1]
+        assert f"{allocation[0]:.3f} → {allocation[1]:.3f}" in line
+        assert f"{np.mean(allocation):.3f}" in line.rsplit("→", 1)[1]
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution on PyTorch")
@@ -186,16 +193,15 @@ def test_continued_training_goes_on_with_the_file(tmp_path):
 
     def logger(**options):
         return LayerWeightLogger(
-            csv=paths["parts"], picture=tmp_path / "l.png", tensorboard=tmp_path, append=True,
-            summary=False, **options,
-        )  # fmt: skip
+            csv=paths["parts"], tensorboard=tmp_path, append=True, summary=False, **options
+        )
 
     distiller = shared()
     fit(distiller, [logger()], epochs=2)
     # What a killed run may leave: a row that will come again, and a line that is not whole.
     with open(paths["parts"], "a") as file:
         file.write(",".join(["3", "7", *["9"] * len(distiller.term_names)]) + "\n3,8,0.1")
-    continued = logger()
+    continued = logger(picture=tmp_path / "l.png")
     fit(distiller, [continued], epochs=4, initial_epoch=2)
     found = rows(paths["parts"])
     assert len(found) == len(whole) == 12
@@ -203,6 +209,7 @@ def test_continued_training_goes_on_with_the_file(tmp_path):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert list(scalars(tmp_path / "steps")["label_loss"]) == list(range(12))
     assert "means of epoch 1 → 4" in continued.table().title
+    assert (tmp_path / "l.png").exists()
 
     # Within an epoch: the first batch of `fit` is the epoch's second.
     continued = logger()
@@ -236,6 +243,7 @@ def test_continued_training_goes_on_with_the_file(tmp_path):
         fit(other, [logger()])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["prediction", "feature"])
 def test_one_of_the_two_terms(tmp_path, kind):
     other = "feature" if kind == "prediction" else "prediction"
@@ -287,7 +295,8 @@ def test_step_terms_outlive_evaluation_and_stay_out_of_files(tmp_path):
     distiller = shared()
     assert distiller.step_terms() == {}
     before = small.values(distiller.metrics_variables)
-    distiller.train_on_batch(x, y)
+    with small.eagerly():
+        distiller.train_on_batch(x, y)
     terms = distiller.step_terms()
     distiller.reset_metrics()
     distiller.evaluate(x, y, verbose=0)
@@ -309,8 +318,6 @@ def test_step_terms_outlive_evaluation_and_stay_out_of_files(tmp_path):
 
 
 def test_epochs_in_tensorboard(tmp_path):
-    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, decay_steps=1, decay_rate=0.5)
-    distiller = make(learning_rate=schedule, compile_options={"metrics": ["accuracy"]})
     x, y = small.images(6)
     callbacks = [TensorBoardScalars(tmp_path / "ours")]
     if BACKEND == "tensorflow":
@@ -321,10 +328,10 @@ def test_epochs_in_tensorboard(tmp_path):
             on_epoch_end=lambda epoch, logs: read.append(scalars(tmp_path / "ours" / "train"))
         )
     )
-    history = fit(distiller, callbacks, validation_data=(x, y))
+    history = fit(shared(), callbacks, validation_data=(x, y))
     ours = {part: scalars(tmp_path / "ours" / part) for part in ("train", "validation")}
     rates = ours["train"].pop("epoch_learning_rate")
-    assert rates == pytest.approx({0: 0.1 * 0.5**3, 1: 0.1 * 0.5**6})
+    assert rates == pytest.approx({0: 0.05 * 0.9**3, 1: 0.05 * 0.9**6})
     expected = {"train": {}, "validation": {}}
     for name, values in history.items():
         part = "validation" if name.startswith("val_") else "train"
@@ -373,7 +380,7 @@ def run_script(script, *arguments, **environment):
     return done.stdout
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="it needs TensorFlow")
+@pytest.mark.once
 def test_tensorboard_without_tensorflow(tmp_path):
     run_script(
         "import sys; sys.modules['tensorflow'] = None\n"
@@ -411,7 +418,7 @@ with scope:
     distiller.compile("sgd", loss=small.crossentropy())
 x, y = small.images(8)
 distiller.fit(x * 0 + 1, y, batch_size=8, epochs=1, verbose=0)  # another step before it
-logits = keras.ops.convert_to_tensor(distiller.predict(x, verbose=0))
+logits = distiller.student(x)
 steps = []
 callback = keras.callbacks.LambdaCallback(
     on_train_batch_end=lambda batch, logs: steps.append(distiller.step_terms()["label_loss"])
@@ -423,7 +430,7 @@ print(json.dumps([*steps, float(small.crossentropy()(y, logits))]))
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras leaves it to the user there")
 def test_step_terms_are_means_over_all_replicas_images():
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     output = run_script(REPLICAS, XLA_FLAGS=flags).strip().splitlines()[-1]
     found, expected = json.loads(output)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -456,12 +463,13 @@ def break_variable(variable, value=np.nan):
     variable.assign(np.full(variable.shape, value))
 
 
-@pytest.mark.parametrize("what", ["images", "sample_weight"])
+@pytest.mark.parametrize("what", ["images", pytest.param("sample_weight", marks=pytest.mark.once)])
 def test_nan_in_the_data_stops_at_its_step(what):
     x, y = small.images()
     weight = np.ones(len(x), "float32")
     (x if what == "images" else weight)[6] = np.nan
-    message, terms = stopped(shared(), x, y, sample_weight=weight)
+    options = {} if what == "images" else {"sample_weight": weight}
+    message, terms = stopped(shared(), x, y, **options)
     assert message.startswith("epoch 1, step 2: the loss is not finite: ")
     assert terms == EVERY_ROOT and "look for NaN in the images, the sample weights" in message
 
@@ -496,6 +504,7 @@ class Broken(dskd_keras.weighting.Weighting):
         return losses * np.nan
 
 
+@pytest.mark.once
 def test_other_sources():
     x, y = small.images()
     message, terms = stopped(make(weighting=Broken()), x, y)

@@ -1,6 +1,5 @@
 """What `export` writes gives the model's logits elsewhere; what does not is never kept."""
 
-import contextlib
 import logging
 import os
 import shutil
@@ -74,25 +73,24 @@ def left_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model, images, and the file that `export` made of the model."""
+    require(FORMAT)
+    model, (x, _) = convnet(), small.images(8)
+    folder = tmp_path_factory.mktemp("exported")
+    path, measured = export.export(model, FORMAT, folder / f"x{export.SUFFIXES[FORMAT]}", x)
+    assert path == folder / f"x{export.SUFFIXES[FORMAT]}" and left_in(folder) == [path.name]
+    assert measured <= 1e-5
+    return model, x, path
+
+
 @pytest.mark.parametrize("format", PACKAGES)
 def test_exported_logits_are_those_of_the_model_for_batches_of_any_size(format, tmp_path, capfd):
-    require(format)
-    model, (x, _) = convnet(), small.images(12)
-    capfd.readouterr()
-    with warnings.catch_warnings(record=True) as caught:
-        path, measured = export.export(model, format, tmp_path / f"x{export.SUFFIXES[format]}", x)
-    assert caught == []
-    assert capfd.readouterr() == ("", "")
-    assert path == tmp_path / f"x{export.SUFFIXES[format]}"
-    assert measured <= 1e-5
-    for batch in (x[:1], x[:5], x):
-        assert difference(format, path, model, batch) < 1e-5
-    assert left_in(tmp_path) == [path.name]
+    """Here with what converters get wrong.
 
-
-@pytest.mark.parametrize("format", PACKAGES)
-def test_layers_that_converters_get_wrong(format, tmp_path):
-    """Grouped convolutions, a normalisation with a given mean, and a model inside the model."""
+    Grouped convolutions, a normalisation with a given mean, and a model inside the model.
+    """
     require(format)
     inputs = keras.Input((8, 8, 4), name="images")
     x = keras.layers.Conv2D(8, 3, groups=2, padding="same", strides=2)(inputs)
@@ -108,13 +106,27 @@ def test_layers_that_converters_get_wrong(format, tmp_path):
     model = keras.Model(pixels, student(scale(pixels)))
     images = np.random.default_rng(0).uniform(0, 255, (6, 8, 8, 4)).astype("float32")
     mean = scale.mean
-    path, _ = export.export(model, format, tmp_path / "x", images)
-    assert difference(format, path, model, images) < 1e-5
+    target = tmp_path / f"x{export.SUFFIXES[format]}"
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        path, measured = export.export(model, format, target, images)
+    assert caught == [] and capfd.readouterr() == ("", "")
+    assert path == target and measured <= 1e-5
+    for batch in (images[:1], images[:5], images):
+        assert difference(format, path, model, batch) < 1e-5
+    assert left_in(tmp_path) == [path.name]
     # The model itself is as it was, and trains on.
     assert scale.mean is mean and len(model.get_layer(student.name)._inbound_nodes) == 1
     assert "convolution_op" not in vars(student.layers[1])
-    model.compile("sgd", loss=small.crossentropy())
-    model.fit(images, np.zeros(6, "int32"), verbose=0)
+    with small.eagerly():
+        model.compile("sgd", loss=small.crossentropy())
+        model.train_on_batch(images, np.zeros(6, "int32"))
+
+
+def test_exported_logits_of_a_plain_model(exported):
+    model, x, path = exported
+    for batch in (x[:1], x[:5], x):
+        assert difference(FORMAT, path, model, batch) < 1e-5
 
 
 @pytest.mark.parametrize("format", PACKAGES)
@@ -135,82 +147,57 @@ def test_student_of_the_zoo_with_channels_first(format, tmp_path):
         keras.config.set_image_data_format(before)
 
 
-@contextlib.contextmanager
-def converted(monkeypatch, then):
-    """Within, `then(path)` changes what Keras wrote before it is compared."""
-    convert = export._convert
-
-    def convert_then(model, format, path):
-        convert(model, format, path)
-        then(path)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(export, "_convert", convert_then)
-        yield convert
+def copy(source, target):
+    shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
 
 
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+@pytest.fixture
+def converted(exported, monkeypatch):
+    """The model, images and file of `exported`, which every conversion is now a copy of."""
+    model, x, file = exported
+    monkeypatch.setattr(export, "_convert", lambda model, format, path: copy(file, path))
+    return model, x, file
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
-def test_other_weights_in_the_file_are_noticed_and_the_old_file_stays(
-    factor, tmp_path, monkeypatch
-):
-    require(FORMAT)
-    model, (x, _) = convnet(), small.images(8)
-    path, _ = export.export(model, FORMAT, tmp_path / "x", x)
+def test_other_weights_in_the_file_are_noticed_and_the_old_file_stays(factor, converted, tmp_path):
+    model, x, file = converted
+    copy(file, tmp_path / "x")
     kernel = model.get_layer("stage1_conv").kernel
     values = keras.ops.convert_to_numpy(kernel).copy()
-
-    def write_other_weights(path):
-        remove(path)
+    message = r"student gives other logits .* differ by (0\.0|nan)"
+    try:
         kernel.assign(values * factor)
-        convert(model, FORMAT, path)
-        kernel.assign(values)
-
-    with converted(monkeypatch, write_other_weights) as convert:
-        message = r"student gives other logits .* differ by (0\.0|nan)"
         with pytest.raises(export.ExportError, match=message) as error:
-            export.export(model, FORMAT, path, x)
+            export.export(model, FORMAT, tmp_path / "x", x)
+    finally:
+        kernel.assign(values)
     assert "\n" not in str(error.value)
-    assert difference(FORMAT, path, model, x) < 1e-5
+    assert difference(FORMAT, tmp_path / "x", model, x) < 1e-5
     assert left_in(tmp_path) == ["x"]
 
 
-def test_other_epsilon_of_the_normalisations_is_noticed(tmp_path, monkeypatch):
+def test_other_epsilon_of_the_normalisations_is_noticed(converted, tmp_path):
     """A mistake that converters make, small enough to keep most predictions."""
-    require(FORMAT)
-    model, (x, _) = convnet(), small.images(8)
-    layer = model.get_layer("stage2_bn")
-
-    def write_other_epsilon(path):
-        remove(path)
-        layer.epsilon = 2 * epsilon
-        convert(model, FORMAT, path)
-        layer.epsilon = epsilon
-
-    epsilon = layer.epsilon
-    with (
-        converted(monkeypatch, write_other_epsilon) as convert,
-        pytest.raises(export.ExportError, match="gives other logits"),
-    ):
-        export.export(model, FORMAT, tmp_path / "x", x)
+    model, x, _ = converted
+    other = small.convnet("student")
+    other.set_weights(model.get_weights())
+    other.get_layer("stage2_bn").epsilon *= 2
+    with pytest.raises(export.ExportError, match="gives other logits"):
+        export.export(other, FORMAT, tmp_path / "x", x)
     assert left_in(tmp_path) == []
 
 
-def test_damaged_file_is_noticed(tmp_path, monkeypatch):
-    require(FORMAT)
-    model, (x, _) = convnet(), small.images(8)
+def test_damaged_file_is_noticed(exported, tmp_path, monkeypatch):
+    model, x, file = exported
 
-    def truncate(path):
-        for file in [path] if path.is_file() else path.rglob("*.pb"):
-            os.truncate(file, file.stat().st_size // 2)
+    def truncate(model, format, path):
+        copy(file, path)
+        for part in [path] if path.is_file() else path.rglob("*.pb"):
+            os.truncate(part, part.stat().st_size // 2)
 
-    with (
-        converted(monkeypatch, truncate),
-        pytest.raises(export.ExportError, match="what came out can't be run") as error,
-    ):
+    monkeypatch.setattr(export, "_convert", truncate)
+    with pytest.raises(export.ExportError, match="what came out can't be run") as error:
         export.export(model, FORMAT, tmp_path / "x", x)
     assert "\n" not in str(error.value)
     assert left_in(tmp_path) == []
@@ -251,26 +238,35 @@ def test_interrupt_leaves_nothing_and_the_output_as_it_was(tmp_path, monkeypatch
     assert logging.root.manager.disable == 0
 
 
-def test_whole_file_replaces_the_old_one(tmp_path):
-    require(FORMAT)
-    x, _ = small.images(8)
-    export.export(convnet(), FORMAT, tmp_path / "x", x)
-    other = randomized(small.convnet("other", width=8))
-    path, _ = export.export(other, FORMAT, tmp_path / "x", x)
-    assert difference(FORMAT, path, other, x) < 1e-5
-    assert left_in(tmp_path) == ["x"]
+def test_whole_file_replaces_the_old_one(converted, tmp_path):
+    model, x, file = converted
+    old = tmp_path / "x"
+    if file.is_dir():
+        old.mkdir()
+        old = old / "old"
+    old.write_bytes(b"old")
+    path, _ = export.export(model, FORMAT, tmp_path / "x", x)
+    assert difference(FORMAT, path, model, x) < 1e-5
+    assert left_in(tmp_path) == ["x"] and not (tmp_path / "x" / "old").exists()
 
 
-def test_another_process_keeps_its_folder_and_leftovers_go_when_asked(tmp_path, monkeypatch):
-    require(FORMAT)
+def test_another_process_keeps_its_folder_and_leftovers_go_when_asked(
+    exported, tmp_path, monkeypatch
+):
+    model, x, file = exported
     # As `export` names them, one for a path with a longer name.
     for name in (".x.ab1_cd2e.exporting", ".x.y.ab1_cd2e.exporting", ".xy.ab1_cd2e.exporting"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_bytes(b"half")
     before = left_in(tmp_path)
     seen = []
-    with converted(monkeypatch, lambda path: seen.extend(left_in(tmp_path))):
-        export.export(convnet(), FORMAT, tmp_path / "x", small.images(8)[0])
+
+    def convert(model, format, path):
+        seen.extend(left_in(tmp_path))
+        copy(file, path)
+
+    monkeypatch.setattr(export, "_convert", convert)
+    export.export(model, FORMAT, tmp_path / "x", x)
     (own,) = set(seen) - set(before)
     assert own.startswith(".x.") and own.endswith(".exporting")
     assert left_in(tmp_path) == [*before, "x"]

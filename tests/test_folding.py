@@ -175,9 +175,9 @@ def test_what_cannot_be_folded_stays(case):
 def preactivated():
     """Of two batch normalisations one can be folded: the other comes after an addition."""
     inputs = keras.Input((8, 8, 4))
-    y = layers.Conv2D(6, 3, padding="same", use_bias=False, name="conv")(inputs)
-    x = layers.ReLU()(layers.BatchNormalization(name="norm")(y))
-    x = layers.Add()([layers.Conv2D(6, 3, padding="same")(x), y])
+    x = layers.Conv2D(6, 3, padding="same", use_bias=False, name="conv")(inputs)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
+    x = layers.Add()([layers.Conv2D(6, 1)(x), layers.Conv2D(6, 1)(inputs)])
     x = layers.ReLU(name="map")(layers.BatchNormalization(name="stays")(x))
     x = layers.GlobalAveragePooling2D()(x)
     return used(keras.Model(inputs, layers.Dense(3, name="logits")(x)))

@@ -31,6 +31,9 @@ def vector(x, width):
 
 SHAPE = (12, 12, 2)
 KINDS = [image_map, strided_map, sequence, vector]
+OF_THE_SAME_LAYERS = pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="takes long to compile: layers of the first two again"
+)
 
 
 def classifier(name, kinds, width):
@@ -49,11 +52,12 @@ def classifier(name, kinds, width):
     "of_teacher, projected",
     [
         # Of the kinds of the student's maps, in their order.
-        (image_map, [(12, 12, 5), (3, 3, 5), (5,), (5,)]),
-        (strided_map, [(3, 3, 5), (3, 3, 5), (5,), (5,)]),  # the first is halved twice
         (odd_map, [(5, 5, 5), (3, 3, 5), (5,), (5,)]),  # 12 to 6 by halving, to 5 by pooling
         (sequence, [(5,), (5,), (12, 5), (5,)]),
-        (vector, [(5,)] * 4),
+        pytest.param(image_map, [(12, 12, 5), (3, 3, 5), (5,), (5,)], marks=OF_THE_SAME_LAYERS),
+        # The first is halved twice.
+        pytest.param(strided_map, [(3, 3, 5), (3, 3, 5), (5,), (5,)], marks=OF_THE_SAME_LAYERS),
+        pytest.param(vector, [(5,)] * 4, marks=OF_THE_SAME_LAYERS),
     ],
 )
 @small.eagerly()
@@ -216,6 +220,7 @@ def test_layers_without_a_usable_map_are_refused():
         heads.attach(student, ["unsized"], (4, 4, 8))
 
 
+@pytest.mark.once
 def test_default_heads_are_small():
     student = dskd_keras.models.create("resnet32", 100, (32, 32, 3))
     with_heads = heads.attach(student, ["stage1", "stage2"], (8, 8, 64))

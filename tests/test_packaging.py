@@ -68,3 +68,17 @@ def test_the_commands_of_a_wheel_know_the_pairs(installed, tmp_path):
         assert Path(where).is_relative_to(installed) and "student: resnet32" in shown
     done = run(installed, "import dskd_commands; sys.exit(dskd_commands.report(['x']))", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: run_dir: 'x' does not exist")
+
+
+@pytest.mark.once
+def test_a_missing_extra_is_one_line_with_its_command(tmp_path):
+    script = "for name in ('yaml', 'jsonargparse', 'msgspec', 'rich'): sys.modules[name] = None\n"
+    script += "import dskd_commands as commands\n"
+    script += "sys.exit(commands.train([]) + commands.tune([]) + commands.report(['x']))"
+    done = run(ROOT, f"\n{script}", tmp_path)
+    assert done.returncode == 6
+    errors = done.stderr.strip().splitlines()
+    assert [line.partition(" the package")[0] for line in errors] == [
+        "error: train:", "error: tune:", "error: report:"
+    ]  # fmt: skip
+    assert all(line.endswith("pip install 'dskd-keras[train]'") for line in errors)

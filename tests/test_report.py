@@ -25,6 +25,8 @@ from dskd_keras.errors import InputError
 from dskd_keras.report import RunResult, confusion, curves, layers, reading, results_table
 from dskd_keras.report.command import main
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 LAYERS = ("stage1", "stage2")
 CLASSES = ("ant", "bee", "cat")
@@ -164,6 +166,7 @@ def test_the_pictures_lie_beside_the_runs_and_in_the_page(reported):
     shown = {base64.b64decode(data) for data in embedded(reported)}
     for place in places:
         assert (run / place).read_bytes() in shown, place
+    for place in (places[0], *places[-3:-1], *places[1:3]):
         drawn((run / place).read_bytes())
     assert not [path for path in run.rglob(".*")], "something was left that was written aside"
 
@@ -171,6 +174,7 @@ def test_the_pictures_lie_beside_the_runs_and_in_the_page(reported):
 def test_a_report_is_made_anew(reported, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(reported.parent / "kd" / "seed-0", run / "kd" / "seed-0")
+    (run / "kd" / "seed-0" / "confusion.csv").unlink()
     page = report.write(run)
     before = (page.read_bytes(), (run / "learning_curves.png").read_bytes())
     assert report.write([run]) == page
@@ -212,9 +216,8 @@ def test_histories_that_were_cut_off_or_repeat_epochs(tmp_path):
     drawn(curves.learning_curves(run))
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
+def test_damaged_files_are_passed_over_and_named(tmp_path):
+    damages = [
         ("metrics.json", '{"method": "kd", "mod'),
         ("metrics.json", '{"method": "kd"}'),
         ("metrics.json", "[1]"),
@@ -224,16 +227,20 @@ def test_histories_that_were_cut_off_or_repeat_epochs(tmp_path):
         ("confusion.csv", "true \\ predicted,a,b\na,1,x\nb,3,4\n"),
         ("confusion.csv", ""),
         ("history.csv", "\udcff\udcfe\0\0"),
-    ],
-)
-def test_damaged_files_are_passed_over_and_named(tmp_path, name, content):
-    folder = write_seed(tmp_path / "run", "kd")
-    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    ]
+    for seed, (name, content) in enumerate(damages):
+        folder = write_seed(tmp_path / "run", "kd", seed)
+        if name != "confusion.csv":
+            (folder / "confusion.csv").unlink()
+        (folder / name).write_bytes(content.encode(errors="surrogateescape"))
     text = text_of(report.write([tmp_path / "run"]))
-    if name != "history.csv":
-        assert f"kd/seed-0/{name} is damaged and was passed over." in text
-    assert "resnet8 kd" in text
-    assert ("epoch 3 of 3, unfinished" in text) == (name == "metrics.json")
+    for seed, (name, _) in enumerate(damages):
+        named = f"kd/seed-{seed}/{name} is damaged and was passed over." in text
+        assert named == (name != "history.csv")
+    # Without its result a run counts as unfinished.
+    assert "resnet8 kd 3 4 5 6 7 8 91.00" in text
+    for seed in range(3):
+        assert f"resnet8 kd {seed} 52.00 so far epoch 3 of 3, unfinished" in text
 
 
 def test_names_are_escaped(tmp_path):
@@ -253,6 +260,10 @@ def test_names_are_escaped(tmp_path):
 
 def test_runs_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Other tests look at these.
+    for module, name in ((curves, "learning_curves"), (confusion, "picture"),
+                         (layers, "allocations"), (layers, "losses")):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda shown, name=name: name.encode())
     for parent in ("old", "new"):
         write_seed(tmp_path / parent / "pair", "kd", label_weight=float(parent == "old"))
     write_seed(tmp_path / "going", "dskd", done=2)
@@ -263,7 +274,9 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert "going resnet8 dskd 0 51.00 so far epoch 2 of 3, unfinished" in text
     assert text.count("old/pair resnet8 kd") == 1
     assert "label_weight ≠ 1.0 0.0 1.0" in text
-    assert len(embedded(path)) == 1 + 3 + 2 + 2  # compared, curves, layers, confusions
+    compared, *others = [base64.b64decode(data) for data in embedded(path)]
+    drawn(compared)
+    assert [others.count(name) for name in (b"learning_curves", b"picture")] == [3, 2]
     assert (tmp_path / "going" / "learning_curves.png").exists()
     assert not (tmp_path / "going" / "report.html").exists()
 
@@ -383,6 +396,9 @@ def test_results_of_other_versions_load(tmp_path):
     assert json.loads(path.read_text()) == dataclasses.asdict(full)
     assert path.read_text().startswith("{\n  ") and path.read_text().endswith("}\n")
     assert RunResult.read(path) == full
+    path.write_text(dataclasses.replace(full, test_accuracy=np.nan, latency_ms=np.inf).to_json())
+    broken = RunResult.read(path)
+    assert np.isnan(broken.test_accuracy) and broken.latency_ms == np.inf
     for content, message in (
         (None, "can't read"),
         ("{", "is damaged: not JSON"),
@@ -421,42 +437,42 @@ def test_table_has_a_column_only_where_something_is_known():
     assert "2.00" in next(line for line in text.splitlines() if "teacher" in line)  # MiB
 
 
-def test_the_report_needs_no_keras_and_checks_folders_before_it_imports_matplotlib(tmp_path):
-    write_seed(tmp_path / "run", "dskd")
+def test_the_module_needs_no_keras_and_checks_folders_before_it_imports_matplotlib(tmp_path):
+    write_seed(tmp_path / "run", "kd", done=1)
     script = (
-        "import sys\n"
+        "import runpy, sys\n"
         "from dskd_keras.report.command import main\n"
-        "assert main([sys.argv[1] + '/no']) == 2\n"
-        "assert 'matplotlib' not in sys.modules and 'sklearn' not in sys.modules\n"
-        "assert main([sys.argv[1]]) == 0\n"
+        "assert main(['no']) == 2\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "sys.argv[1:] = ['run']\n"
+        "try:\n"
+        "    runpy.run_module('dskd_keras.report', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
         "assert 'matplotlib' in sys.modules and 'keras' not in sys.modules\n"
         "sys.modules['matplotlib.axes'] = None\n"
         "del sys.modules['dskd_keras.drawing'], sys.modules['dskd_keras.report.curves']\n"
         "del sys.modules['dskd_keras'].drawing, sys.modules['dskd_keras.report'].curves\n"
-        "assert main([sys.argv[1]]) == 2\n"
+        "assert main(['run']) == 2\n"
+        "del sys.modules['dskd_keras.report.reading'], sys.modules['dskd_keras.report.page']\n"
+        "del sys.modules['dskd_keras.report'].reading, sys.modules['dskd_keras.report'].page\n"
+        "sys.modules['yaml'] = None\n"
+        "assert main(['run']) == 2\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
+        [sys.executable, "-c", script], cwd=tmp_path,
         env={**os.environ, "DSKD_KERAS_DEFER": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Report: run/report.html" in done.stdout
     assert done.stderr.splitlines() == [
-        f"error: run_dir: '{tmp_path}/run/no' does not exist. "
-        "Give a run folder, such as runs/PAIR.",
+        "error: run_dir: 'no' does not exist. Runs beside it: 'run'.",
         "error: picture: the package matplotlib is not installed. Install it with: "
         "pip install 'dskd-keras[train]'",
+        "error: report: the package pyyaml is not installed. Install it with: "
+        "pip install 'dskd-keras[train]'",
     ]
-
-
-def test_the_module_is_a_command(tmp_path):
-    write_seed(tmp_path / "run", "kd", done=1)
-    done = subprocess.run(
-        [sys.executable, "-m", "dskd_keras.report", "run"], cwd=tmp_path,
-        env={**os.environ, "DSKD_KERAS_DEFER": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "Report: run/report.html" in done.stdout and not done.stderr
 
 
 def printed(results):

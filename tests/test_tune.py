@@ -22,7 +22,8 @@ from dskd_keras import models
 from dskd_keras.data import ImageDataset
 from dskd_keras.errors import TrainingError
 from dskd_keras.experiment import pipeline, training
-from dskd_keras.tuning import preparation, search_pictures, workers
+from dskd_keras.tuning import search_pictures, workers
+from dskd_keras.tuning import trials as trials_module
 
 # Batches of one size: PyTorch traces the teacher for each, the others compile a program.
 FLAGS = [
@@ -346,7 +347,7 @@ def test_a_search_that_another_process_has_just_finished_is_shown(
     def finish(*_):
         shutil.copytree(one_trial / "run", tmp_path / "run")
 
-    monkeypatch.setattr(preparation, "load", finish)
+    monkeypatch.setattr(trials_module, "load", finish)
     assert tune.main(flags(tmp_path, teacher, "--max_trials", 1)) == 0
     assert "was finished before" in capsys.readouterr().out
     assert not (tmp_path / "run" / "search.unfinished-1").exists()
@@ -405,18 +406,18 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_trials(hyperband, teacher, 
 @pytest.mark.once
 def test_a_worker_is_killed_and_the_search_has_all_trials(teacher, tmp_path, capsys, monkeypatch):
     """A chief and two workers on this machine."""
-    replace_dead, killed = workers.LocalWorkers.replace_dead, []
+    replace_dead, killed = workers.Chief.replace_dead, []
 
     def kill(self):
         # In a trial: one has ended, and there are more than workers.
-        trial = self._chief.oracle.ongoing_trials.get("worker-1")
-        if trial is not None and self._chief.oracle.ended() and not killed:
+        trial = self.oracle.ongoing_trials.get("worker-1")
+        if trial is not None and self.oracle.ended() and not killed:
             killed.append(trial.trial_id)
             os.kill(self._processes["worker-1"].pid, signal.SIGKILL)
             self._processes["worker-1"].wait()
         replace_dead(self)
 
-    monkeypatch.setattr(workers.LocalWorkers, "replace_dead", kill)
+    monkeypatch.setattr(workers.Chief, "replace_dead", kill)
     more = ("--tuner", "random", "--max_trials", 4, "--workers", 2)
     assert tune.main(flags(tmp_path, teacher, *more)) == 0
     said = capsys.readouterr().out

@@ -156,10 +156,11 @@ class LayerWeightLogger(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Closes the files, draws the picture and prints the table."""
-        for file in (self._file, self._events):
-            if file is not None:
-                file.close()
-        self._file = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
         if self._picture is not None and self._records:
             self._draw(self._picture)
         if self._summary and self._epoch_means:
@@ -179,10 +180,9 @@ class LayerWeightLogger(keras.callbacks.Callback):
         """
         from rich.table import Table
 
-        epochs = sorted(self._epoch_means)
-        if not epochs:
+        if not self._epoch_means:
             raise InputError("table: no epoch has ended yet.")
-        means = [self._epoch_means[epoch] for epoch in epochs]
+        epochs, means = zip(*sorted(self._epoch_means.items()), strict=True)
         table = Table(
             title=f"Supervised layers: means of epoch {epochs[0] + 1} → {epochs[-1] + 1}",
             title_justify="left",

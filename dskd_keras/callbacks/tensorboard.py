@@ -43,13 +43,12 @@ class TensorBoardScalars(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Writes the epoch's logs."""
-        train, validation = {}, {}
-        for name, value in {**(logs or {}), **_learning_rates(self.model.optimizer)}.items():
-            part = validation if name.startswith("val_") else train
-            part[f"epoch_{name.removeprefix('val_')}"] = value
-        self._train.write(epoch, train)
-        if validation:
-            self._validation.write(epoch, validation)
+        logs = {**(logs or {}), **_learning_rates(self.model.optimizer)}
+        train = {name: value for name, value in logs.items() if not name.startswith("val_")}
+        validation = {name[4:]: logs[name] for name in logs.keys() - train.keys()}
+        for file, values in ((self._train, train), (self._validation, validation)):
+            if values:
+                file.write(epoch, {f"epoch_{name}": value for name, value in values.items()})
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Closes the files; another `fit` writes into new ones."""

@@ -128,11 +128,11 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         for field in ("teacher", "student"):
             catalog.check_name(field, getattr(self, field))
-        self._check_whole(
+        self.check_whole(
             1, "epochs", "batch_size", "image_size", "train_examples", "teacher_epochs",
             "checkpoint_steps",
         )  # fmt: skip
-        self._check_whole(0, "teacher_seed")
+        self.check_whole(0, "teacher_seed")
         for field in (
             "label_weight", "prediction_weight", "deep_prediction_weight", "deep_feature_weight",
             "weight_decay",
@@ -169,7 +169,8 @@ class ExperimentConfig:
                 "choose method kd."
             )
 
-    def _check_whole(self, least: int, *fields: str) -> None:
+    def check_whole(self, least: int, *fields: str) -> None:
+        """Raises `InputError` unless the fields are null or whole numbers of at least `least`."""
         for field in fields:
             if getattr(self, field) is not None:
                 checks.whole(field, getattr(self, field), least)

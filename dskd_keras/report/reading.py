@@ -109,10 +109,8 @@ class SeedRun:
         }
         # CSVLogger sorts its columns; the configuration knows the order of the layers.
         named = self.config.get("student_layers")
-        order = [*map(str, named)] if isinstance(named, list) else []
-        return {
-            name: columns[name] for name in dict.fromkeys([*order, *columns]) if name in columns
-        }
+        order = [*map(str, named if isinstance(named, list) else ()), *columns]
+        return {name: columns[name] for name in dict.fromkeys(order) if name in columns}
 
 
 @dataclasses.dataclass(frozen=True)

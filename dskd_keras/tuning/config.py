@@ -5,6 +5,7 @@ import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from dskd_keras import checks
 from dskd_keras.data import kinds
 from dskd_keras.errors import InputError, unknown_name, wrong
 from dskd_keras.experiment.config import ExperimentConfig, Weighting
+
+_NUMBERS = "two positive numbers, from and to"
+_RULES = {"weighting": "a list of names", "student_layers": "a list of lists of layers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,79 +36,57 @@ class SearchRanges:
             Default: those configured.
     """
 
-    temperature: list[float] | None = dataclasses.field(default_factory=lambda: [1.0, 10.0])
-    label_weight: list[float] | None = dataclasses.field(default_factory=lambda: [0.1, 1.0])
-    prediction_weight: list[float] | None = dataclasses.field(default_factory=lambda: [0.1, 10.0])
-    deep_prediction_weight: list[float] | None = dataclasses.field(
-        default_factory=lambda: [0.1, 10.0]
-    )
-    deep_feature_weight: list[float] | None = dataclasses.field(
-        default_factory=lambda: [0.1, 1000.0]
-    )
-    weighting: list[Weighting] | None = dataclasses.field(
+    temperature: list[float] | None = field(default_factory=lambda: [1.0, 10.0])
+    label_weight: list[float] | None = field(default_factory=lambda: [0.1, 1.0])
+    prediction_weight: list[float] | None = field(default_factory=lambda: [0.1, 10.0])
+    deep_prediction_weight: list[float] | None = field(default_factory=lambda: [0.1, 10.0])
+    deep_feature_weight: list[float] | None = field(default_factory=lambda: [0.1, 1000.0])
+    weighting: list[Weighting] | None = field(
         default_factory=lambda: list(typing.get_args(Weighting))
     )
-    weighting_temperature: list[float] | None = dataclasses.field(
-        default_factory=lambda: [0.1, 10.0]
-    )
-    learning_rate: list[float] | None = dataclasses.field(default_factory=lambda: [0.01, 0.1])
+    weighting_temperature: list[float] | None = field(default_factory=lambda: [0.1, 10.0])
+    learning_rate: list[float] | None = field(default_factory=lambda: [0.01, 0.1])
     student_layers: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if value is None:
                 continue
-            name = f"ranges.{field.name}"
-            rule = _RULES.get(field.name, _NUMBERS)
-            if not isinstance(value, list | tuple) or not len(value):
-                raise wrong(name, value, f"{rule}, or null to keep the configured value")
-            if field.name not in _RULES:
-                self._check_ends(name, value)
+            title, rule = f"ranges.{name}", _RULES.get(name, _NUMBERS)
+            if not isinstance(value, list | tuple) or not value:
+                raise wrong(title, value, f"{rule}, or null to keep the configured value")
+            if name not in _RULES:
+                _check_ends(title, value)
             elif len({str(choice) for choice in value}) != len(value):
-                raise wrong(name, value, "different choices")
-        for name in self.weighting or ():
-            if name not in typing.get_args(Weighting):
-                raise unknown_name("ranges.weighting", name, typing.get_args(Weighting))
+                raise wrong(title, value, "different choices")
+        for choice in self.weighting or ():
+            if choice not in typing.get_args(Weighting):
+                raise unknown_name("ranges.weighting", choice, typing.get_args(Weighting))
         for layers in self.student_layers or ():
-            if isinstance(layers, str) or not len(layers):
+            if isinstance(layers, str) or not layers:
                 raise wrong(
                     "ranges.student_layers", layers, "a list of layers, such as [stage1, stage2]"
                 )
 
-    @staticmethod
-    def _check_ends(name: str, value: Sequence[float]) -> None:
-        numbers = [isinstance(end, int | float) and math.isfinite(end) for end in value]
-        if len(value) != 2 or not all(numbers) or min(value) <= 0:
-            raise wrong(name, list(value), _NUMBERS)
-        low, high = value
-        if low > high:
-            raise wrong(name, list(value), "the smaller number first")
-        if low == high:
-            raise InputError(
-                f"{name}: {list(value)} should be a range. To fix it, set {name[7:]} itself and "
-                "this to null."
-            )
-
     @classmethod
-    def get(cls, ranges: "SearchRanges | Mapping[str, Any] | None") -> "SearchRanges":
-        """Returns ranges that are given as a `SearchRanges`, as a dict of some of them, or as None.
-
-        Raises:
-            InputError: A parameter is unknown, or its range can't be used.
-        """
-        if isinstance(ranges, SearchRanges):
-            return ranges
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in ranges or ():
+    def only(cls, ranges: Mapping[str, Any]) -> "SearchRanges":
+        """Returns ranges for what a dict names, so that nothing else is searched."""
+        names = list(cls.__dataclass_fields__)
+        for name in ranges:
             if name not in names:
                 raise unknown_name("ranges", name, names)
-        return cls(**(ranges or {}))
+        return cls(**dict.fromkeys(names) | dict(ranges))
 
 
-_DEFAULT_TRIALS = 30
-_NUMBERS = "two positive numbers, from and to"
-_RULES = {"weighting": "a list of names", "student_layers": "a list of lists of layers"}
+def _check_ends(title: str, value: Sequence[float]) -> None:
+    numbers = [isinstance(end, int | float) and math.isfinite(end) for end in value]
+    if len(value) != 2 or not all(numbers) or min(value) <= 0:
+        raise wrong(title, list(value), _NUMBERS)
+    low, high = value
+    if low > high:
+        raise wrong(title, list(value), "the smaller number first")
+    if low == high:
+        raise wrong(title, list(value), "a range, or null to keep the configured value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +120,7 @@ class SearchConfig(ExperimentConfig):
     tuner: Literal["hyperband", "bayesian", "random"] = "bayesian"
     max_trials: int | None = None
     trial_epochs: int | None = None
-    ranges: SearchRanges = dataclasses.field(default_factory=SearchRanges)
+    ranges: SearchRanges = field(default_factory=SearchRanges)
     search_seed: int = 0
     cached_views: int = 0
     workers: int = 0
@@ -149,10 +131,10 @@ class SearchConfig(ExperimentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_whole(1, "max_trials", "trial_epochs", "max_failures")
-        self._check_whole(0, "search_seed", "cached_views", "workers")
-        for field in ("chief_timeout", "worker_timeout"):
-            checks.real(field, getattr(self, field), above=0)
+        self.check_whole(1, "max_trials", "trial_epochs", "max_failures")
+        self.check_whole(0, "search_seed", "cached_views", "workers")
+        for name in ("chief_timeout", "worker_timeout"):
+            checks.real(name, getattr(self, name), above=0)
         if not self.validation_fraction:
             raise InputError(
                 "validation_fraction: 0.0, but a search compares its trials by images held out of "
@@ -178,7 +160,7 @@ class SearchConfig(ExperimentConfig):
             self.check_teacher_file()
 
     def search_folder(self) -> Path:
-        """Returns the search's folder."""
+        """Returns the folder of the search and all of its trials."""
         return self.folder() / "search"
 
     def trial_folder(self, trial_id: str) -> Path:
@@ -192,13 +174,12 @@ class SearchConfig(ExperimentConfig):
     def most_trials(self) -> int | None:
         """Returns how many trials the search makes at most, None for all that Hyperband has."""
         if self.max_trials is None and self.tuner != "hyperband":
-            return _DEFAULT_TRIALS
+            return 30
         return self.max_trials
 
     def experiment(self, **changes: Any) -> ExperimentConfig:
         """Returns the configuration of a training run, without what concerns the search."""
-        names = [field.name for field in dataclasses.fields(ExperimentConfig)]
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in ExperimentConfig.__dataclass_fields__}
         # The teacher stays the one it is, whatever is changed for the student.
         values["teacher_epochs"] = self.teacher_epochs or self.epochs
         values["teacher_learning_rate"] = self.teacher_learning_rate or self.learning_rate

@@ -13,12 +13,7 @@ _METRIC = hparams.Metric("epoch_accuracy", group="validation", display_name="val
 
 
 def write_ranges(folder: Path, ranges: Mapping[str, Sequence[Any]]) -> None:
-    """Writes what is searched, at the root of all trials' folders.
-
-    Args:
-        folder: The root.
-        ranges: By name a pair of numbers, from and to, or a list of choices.
-    """
+    """Writes what is searched, pairs of numbers or lists of choices, at the root of all trials."""
     domains = [
         hparams.HParam(name, _domain(choices), description="") for name, choices in ranges.items()
     ]
@@ -26,13 +21,7 @@ def write_ranges(folder: Path, ranges: Mapping[str, Sequence[Any]]) -> None:
 
 
 def write_values(folder: Path, trial_id: str, values: Mapping[str, Any]) -> None:
-    """Writes the values of a trial beside its scalars.
-
-    Args:
-        folder: That of `TensorBoardScalars`.
-        trial_id: Joins the runs of several seeds.
-        values: Numbers, strings and lists of strings, by name.
-    """
+    """Writes the values of a trial beside its scalars; the id joins the runs of several seeds."""
     plain = {name: _plain(value) for name, value in values.items()}
     _write(folder, hparams.hparams_pb(plain, trial_id))
 

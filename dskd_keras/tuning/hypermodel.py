@@ -1,5 +1,6 @@
 """The distiller as KerasTuner's hypermodel."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -85,45 +86,36 @@ class DistillationHyperModel(keras_tuner.HyperModel):
             raise wrong(
                 "student", student, "a function that returns a new student: every trial trains one"
             )
-        if ranges is not None and not isinstance(ranges, SearchRanges):
-            # A dict is the whole of what is searched.
-            ranges = {name: None for name in SearchRanges.__dataclass_fields__} | dict(ranges)
-        self.ranges = SearchRanges.get(ranges)
+        if isinstance(ranges, Mapping):
+            ranges = SearchRanges.only(ranges)
+        self.ranges = ranges or SearchRanges()
         self.teacher = teacher
         self._student = student
-        self._optimizer = optimizer or _sgd
+        self._optimizer = optimizer or _SGD
         self._learning_rate = checks.real("learning_rate", learning_rate, above=0)
         self._loss = loss
-        self._metrics = metrics or _accuracy
+        self._metrics = metrics or (lambda: ["accuracy"])
         self._settings = {name: _SETTINGS[name].default for name in _SETTINGS} | settings
-        self._settings["weighting"] = weighting.get(self._settings["weighting"])
+        given = self._settings["weighting"] = weighting.get(self._settings["weighting"])
+        self._has_softmax = isinstance(given, weighting.Softmax)
+        self._weighting_temperature = given.temperature if self._has_softmax else 1.0
 
     def declare_hyperparameters(self, hp: keras_tuner.HyperParameters) -> None:
-        """Declares all that is searched.
-
-        Args:
-            hp: Where.
-        """
+        """Declares all that is searched."""
         self.values(hp)
 
     def values(self, hp: keras_tuner.HyperParameters) -> dict[str, Any]:
         """Returns a trial's values of what is searched, by the names of `SearchRanges`.
 
-        Args:
-            hp: The trial's.
-
-        Returns:
-            Floats with four digits, a name for `weighting`, a list of names for `student_layers`.
+        They are floats with four digits, a name for `weighting`, a list of names for
+        `student_layers`.
         """
         values: dict[str, Any] = {}
         layers = self._settings["student_layers"]
         if self.ranges.student_layers is not None:
             choices = [_SEPARATOR.join(choice) for choice in self.ranges.student_layers]
-            given = _SEPARATOR.join(layers)
-            default = given if given in choices else choices[0]
-            values["student_layers"] = hp.Choice("student_layers", choices, default=default).split(
-                _SEPARATOR
-            )
+            chosen = _choose(hp, "student_layers", choices, _SEPARATOR.join(layers))
+            values["student_layers"] = chosen.split(_SEPARATOR)
             layers = choices
         # A term that is switched off stays off.
         terms = ["prediction_weight"]
@@ -142,25 +134,21 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         return values
 
     def distiller(self, hp: keras_tuner.HyperParameters) -> Distiller:
-        """Returns a new `Distiller` with a trial's values, not compiled.
-
-        Args:
-            hp: The trial's.
-        """
+        """Returns a new `Distiller` with a trial's values, not compiled."""
         values = self.values(hp)
         values.pop("learning_rate", None)
-        temperature = values.pop("weighting_temperature", self._weighting_temperature())
-        given = self._settings["weighting"]
-        if values.get("weighting", _name(given)) == "softmax":
+        temperature = values.pop("weighting_temperature", self._weighting_temperature)
+        if values.get("weighting") == "softmax":
             values["weighting"] = weighting.Softmax(temperature)
+        elif "weighting" not in values and self._has_softmax:
+            # It may be a subclass, with more settings.
+            given = self._settings["weighting"]
+            changes = {"temperature": temperature}
+            values["weighting"] = type(given).from_config(given.get_config() | changes)
         return Distiller(self.teacher, self._student(), **self._settings | values)
 
     def build(self, hp: keras_tuner.HyperParameters) -> Distiller:
-        """Returns a new compiled `Distiller` with a trial's values.
-
-        Args:
-            hp: The trial's.
-        """
+        """Returns a new compiled `Distiller` with a trial's values."""
         distiller = self.distiller(hp)
         distiller.compile(
             self._optimizer(self.values(hp).get("learning_rate", self._learning_rate)),
@@ -208,35 +196,25 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         values[name] = min(max(float(f"{value:.{_DIGITS}g}"), low), high)
 
     def _strategy(self, hp: keras_tuner.HyperParameters, values: dict[str, Any]) -> None:
-        chosen = _name(self._settings["weighting"])
-        names: Sequence[str] = self.ranges.weighting or [chosen]
-        if self.ranges.weighting is not None:
-            default = chosen if chosen in names else names[0]
-            chosen = values["weighting"] = hp.Choice("weighting", list(names), default=default)
-        if "softmax" in names:
+        names = self.ranges.weighting
+        if names is None:
+            may_be_softmax = is_softmax = self._has_softmax
+        else:
+            given = type(self._settings["weighting"]).__name__.lower()
+            values["weighting"] = _choose(hp, "weighting", names, given)
+            may_be_softmax, is_softmax = "softmax" in names, values["weighting"] == "softmax"
+        if may_be_softmax:
             # Not in a conditional scope: in chiefs and workers KerasTuner prints a line for each.
-            temperature = self._weighting_temperature()
-            self._number(hp, "weighting_temperature", temperature, values)
-            if chosen != "softmax":
+            self._number(hp, "weighting_temperature", self._weighting_temperature, values)
+            if not is_softmax:
                 values.pop("weighting_temperature", None)
 
-    def _weighting_temperature(self) -> float:
-        given = self._settings["weighting"]
-        return given.temperature if isinstance(given, weighting.Softmax) else 1.0
+
+def _choose(hp: keras_tuner.HyperParameters, name: str, choices: Sequence[str], given: str) -> str:
+    return hp.Choice(name, list(choices), default=given if given in choices else choices[0])
 
 
-def _name(strategy: weighting.Weighting) -> str:
-    return type(strategy).__name__.lower()
-
-
-def _sgd(learning_rate: float) -> SGD:
-    return SGD(learning_rate, momentum=0.9, weight_decay=5e-4)
-
-
-def _accuracy() -> list[str]:
-    return ["accuracy"]
-
-
+_SGD = functools.partial(SGD, momentum=0.9, weight_decay=5e-4)
 # What a distiller takes beside its models.
 _SETTINGS = {
     name: parameter

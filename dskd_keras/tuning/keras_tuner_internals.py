@@ -12,33 +12,16 @@ import numpy as np
 from keras_tuner.src import config, protos
 from keras_tuner.src.distribute import oracle_chief, oracle_client
 
-# KerasTuner's private methods that classes of this package override, each with the class that does.
-# They can't be reached through functions.
-HOOKS: dict[str, str] = {
-    # The first trial is the configuration as it is.
-    "keras_tuner.Oracle._random_values": "dskd_keras.tuning.oracles.DurableOracle",
-    # The state of all trials is one file.
-    "keras_tuner.Oracle._save_trial": "dskd_keras.tuning.oracles.DurableOracle",
-    # Takes a bracket that the trials are enough for.
-    "keras_tuner.oracles.HyperbandOracle._start_new_bracket": "dskd_keras.tuning.oracles.Hyperband",
-}
-
 
 def print_no_tracebacks() -> None:
     """Keeps KerasTuner from printing the traceback of every failed trial."""
     config.DEBUG = False
 
 
-# Chief and workers.
-
-
 def add_servicer(oracle: keras_tuner.Oracle, server: Any) -> Callable[[], bool]:
-    """Lets a gRPC server answer workers for an oracle.
+    """Lets a gRPC server answer workers; returns what says whether one was told that it is over.
 
     KerasTuner's public way, `Tuner.search` in a chief, waits for ever for a worker that died.
-
-    Returns:
-        A function that says whether a worker has been told that the search is over.
     """
     servicer = oracle_chief.OracleServicer(oracle)
     protos.get_service_grpc().add_OracleServicer_to_server(servicer, server)
@@ -48,9 +31,6 @@ def add_servicer(oracle: keras_tuner.Oracle, server: Any) -> Callable[[], bool]:
 def limit_waiting(seconds: float) -> None:
     """Limits how long a worker waits for an answer of its chief, which is an hour by default."""
     oracle_client.TIMEOUT = seconds
-
-
-# Oracles.
 
 
 def waiting_trials(oracle: keras_tuner.Oracle) -> list[str]:
@@ -70,16 +50,12 @@ def set_random_state(
     oracle._random_state = state
 
 
-def bracket(oracle: keras_tuner.oracles.HyperbandOracle) -> int:
-    """Returns the number of Hyperband's bracket, that of the last one is 0."""
-    return oracle._current_bracket
-
-
-def set_bracket(oracle: keras_tuner.oracles.HyperbandOracle, number: int) -> None:
-    """Makes Hyperband go on with a bracket."""
-    oracle._current_bracket = number
+def lower_bracket(oracle: keras_tuner.oracles.HyperbandOracle, most: int) -> None:
+    """Makes Hyperband go on with its next bracket of at most so many trials, or with the last."""
+    while oracle._current_bracket and trials_of_bracket(oracle, oracle._current_bracket) > most:
+        oracle._current_bracket -= 1
 
 
 def trials_of_bracket(oracle: keras_tuner.oracles.HyperbandOracle, number: int) -> int:
-    """Returns how many trials a bracket of Hyperband has, in all of its rounds."""
+    """Returns how many trials a bracket of Hyperband has in all its rounds; the last is 0."""
     return sum(oracle._get_size(number, round_number) for round_number in range(number + 1))

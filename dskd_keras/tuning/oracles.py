@@ -26,7 +26,6 @@ from dskd_keras.tuning.config import SearchConfig
 _MOST_DEATHS = 3
 # Of Hyperband: a third of the trials goes on, with three times the epochs.
 FACTOR = 3
-OBJECTIVE = keras_tuner.Objective("val_accuracy", "max")
 
 
 class DurableOracle(keras_tuner.Oracle):
@@ -34,16 +33,6 @@ class DurableOracle(keras_tuner.Oracle):
 
     Its state and that of all trials are one file, `oracle.json`, written aside and renamed: what a
     killed search left is always one moment of it.
-
-    Args:
-        config: The configuration.
-        space: All that is searched, declared.
-        **kwargs: What else KerasTuner's oracle takes.
-
-    Attributes:
-        failure: Why the search ended early, a sentence; None if it did not.
-        unreported: Ids of the trials that ended, for somebody else to report and to remove: what
-            they print or write must not fail while the oracle is locked.
     """
 
     def __init__(
@@ -53,7 +42,7 @@ class DurableOracle(keras_tuner.Oracle):
         self._config = config
         self._most_trials = config.most_trials()
         super().__init__(
-            objective=OBJECTIVE,
+            objective=keras_tuner.Objective("val_accuracy", "max"),
             # Counted here: one failing trial, or three, are no reason to stop.
             max_consecutive_failed_trials=np.inf,
             hyperparameters=space,
@@ -65,7 +54,10 @@ class DurableOracle(keras_tuner.Oracle):
         # KerasTuner names the trials by the number of digits of its `max_trials`, which a later,
         # larger number would change. `populate_space` counts them.
         self.max_trials = None
+        # Why the search ended early.
         self.failure: str | None = None
+        # Trials that ended, for somebody else to report and to remove: what they print or write
+        # must not fail while the oracle is locked.
         self.unreported: collections.deque[str] = collections.deque()
         self._failures_in_a_row = 0
         self._deaths: dict[str, int] = {}
@@ -113,13 +105,6 @@ class DurableOracle(keras_tuner.Oracle):
         return super().get_trial(trial_id)
 
     @keras_tuner.synchronized
-    def update_trial(self, trial_id: str, metrics: dict[str, float], step: int = 0) -> Trial:
-        """Takes a trial's result; the first one counts."""
-        if trial_id in self.end_order:
-            return self.trials[trial_id]
-        return super().update_trial(trial_id, metrics, step)
-
-    @keras_tuner.synchronized
     def end_trial(self, trial: Trial) -> None:
         """Ends a trial, unless a worker that was thought dead comes too late with it."""
         if trial.trial_id in self.end_order:
@@ -129,16 +114,16 @@ class DurableOracle(keras_tuner.Oracle):
         # KerasTuner saves while the trial still counts as ongoing.
         self.save()
 
+    def requeue_all(self) -> None:
+        """Takes the trials of workers that were asked to stop."""
+        for tuner_id in list(self.ongoing_trials):
+            self.requeue(tuner_id)
+
     @keras_tuner.synchronized
     def requeue(self, tuner_id: str, reason: str | None = None) -> str | None:
-        """Takes the trial of a worker that is gone, for another one to go on with.
+        """Takes the trial of a worker that is gone, for another one to go on with; returns its id.
 
-        Args:
-            tuner_id: The worker.
-            reason: What it died of; None if it was asked to stop.
-
-        Returns:
-            The trial's id, None if it had none.
+        The reason is what it died of, None if it was asked to stop.
         """
         self.tuner_ids.discard(tuner_id)
         self._last_heard.pop(tuner_id, None)
@@ -185,13 +170,9 @@ class DurableOracle(keras_tuner.Oracle):
             self.failure = f"can't write '{self._file}': {error.strerror}"
 
     def reload(self) -> bool:
-        """Reads what a search left, if there is something; its unfinished trials go on.
+        """Reads what a search left, and returns whether there was something.
 
-        Returns:
-            Whether there was.
-
-        Raises:
-            InputError: It is damaged.
+        The unfinished trials go on. A damaged file is an `InputError`.
         """
         if not self._file.is_file():
             return False
@@ -214,7 +195,8 @@ class DurableOracle(keras_tuner.Oracle):
 
     def _requeue_trial(self, trial: Trial, reason: str | None) -> None:
         trial.metrics = type(trial.metrics)()
-        if reason is not None and not self._has_checkpoint(trial):
+        places = self._config.trial_folder(trial.trial_id).glob("seed-*/checkpoints")
+        if reason is not None and not any(CheckpointFolder(place).exist() for place in places):
             self._deaths[trial.trial_id] = self._deaths.get(trial.trial_id, 0) + 1
         if self._deaths.get(trial.trial_id, 0) >= _MOST_DEATHS:
             trial.status = TrialStatus.FAILED
@@ -223,10 +205,6 @@ class DurableOracle(keras_tuner.Oracle):
             self._count_end(trial)
         else:
             keras_tuner_internals.waiting_trials(self).append(trial.trial_id)
-
-    def _has_checkpoint(self, trial: Trial) -> bool:
-        places = self._config.trial_folder(trial.trial_id).glob("seed-*/checkpoints")
-        return any(CheckpointFolder(place).exist() for place in places)
 
     def _count_end(self, trial: Trial) -> None:
         if trial.status == TrialStatus.FAILED:
@@ -280,26 +258,13 @@ class Hyperband(DurableOracle, keras_tuner.oracles.HyperbandOracle):
 
     def _start_new_bracket(self) -> None:
         if self._most_trials is not None:
-            left = self._most_trials - len(self.trials)
-            number = keras_tuner_internals.bracket(self)
-            while number and keras_tuner_internals.trials_of_bracket(self, number) > left:
-                number -= 1
-            keras_tuner_internals.set_bracket(self, number)
+            keras_tuner_internals.lower_bracket(self, self._most_trials - len(self.trials))
         super()._start_new_bracket()
-
-    def least_trials_to_stop_some(self) -> int:
-        """Returns how many trials the smallest bracket has that stops some of them early."""
-        return keras_tuner_internals.trials_of_bracket(self, 1)
 
 
 _ORACLES = {"bayesian": Bayesian, "hyperband": Hyperband, "random": Random}
 
 
 def create(config: SearchConfig, space: keras_tuner.HyperParameters) -> DurableOracle:
-    """Returns the oracle for a configuration.
-
-    Args:
-        config: The configuration.
-        space: All that is searched, declared.
-    """
+    """Returns a configuration's oracle for a space in which all that is searched is declared."""
     return _ORACLES[config.tuner](config, space)

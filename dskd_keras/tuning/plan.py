@@ -1,6 +1,7 @@
 """What a search tries and what has come of it, without models, so that a chief needs none."""
 
 import json
+from typing import Any
 
 import keras
 import keras_tuner
@@ -10,7 +11,7 @@ from dskd_keras.errors import InputError
 from dskd_keras.experiment import build, run_folder
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
-from dskd_keras.tuning import oracles, ranking
+from dskd_keras.tuning import keras_tuner_internals, oracles, ranking
 from dskd_keras.tuning.config import SearchConfig
 from dskd_keras.tuning.hypermodel import DistillationHyperModel
 
@@ -42,50 +43,36 @@ def hypermodel(
 
 
 class SearchPlan:
-    """The ranges, the oracle and the folder of a search.
-
-    Args:
-        config: The configuration.
-        console: For messages and the table.
-
-    Attributes:
-        config: The configuration.
-        console: For messages and the table.
-        folder: The search's folder.
-        space: All that is searched.
-        oracle: Proposes the trials and knows their results.
-
-    Raises:
-        InputError: There is nothing to search.
-    """
+    """What is searched, the oracle, which knows the trials' results, and the folder."""
 
     def __init__(self, config: SearchConfig, console: Console):
         self.config = config
         self.console = console
         self.folder = config.search_folder()
         self._hypermodel = hypermodel(config)
-        self.space = keras_tuner.HyperParameters()
-        self._hypermodel.declare_hyperparameters(self.space)
-        if not self.space.space:
+        space = keras_tuner.HyperParameters()
+        self._hypermodel.declare_hyperparameters(space)
+        self.searched = [parameter.name for parameter in space.space]
+        if not self.searched:
             raise InputError(
                 f"ranges: nothing is left to search with method {config.method}. Give one a range."
             )
-        self.oracle = oracles.create(config, self.space)
+        self.oracle = oracles.create(config, space)
 
     def describe(self) -> str:
         """Returns a line on what is searched."""
         most, epochs = self.config.most_trials(), self.config.longest_trial()
         trials = "trials until Hyperband is through" if most is None else f"up to {most} trials"
-        searched = ", ".join(parameter.name for parameter in self.space.space)
+        searched = ", ".join(self.searched)
         text = f"Searching {searched}: {self.config.tuner}, {trials} of {epochs} epoch(s)"
         if isinstance(self.oracle, oracles.Hyperband) and most is not None:
-            needed = self.oracle.least_trials_to_stop_some()
-            if epochs < oracles.FACTOR:
+            # Of the smallest bracket that stops some of its trials.
+            needed = keras_tuner_internals.trials_of_bracket(self.oracle, 1)
+            if epochs < oracles.FACTOR or most < needed:
                 text += (
-                    f". Hyperband stops none early: give --trial_epochs {oracles.FACTOR} or more"
+                    f". Hyperband stops some early only from --trial_epochs {oracles.FACTOR} and "
+                    f"--max_trials {needed} on"
                 )
-            elif most < needed:
-                text += f". Hyperband stops some early only from --max_trials {needed} on"
         return text
 
     def check_configuration(self) -> None:
@@ -95,9 +82,8 @@ class SearchPlan:
     def is_finished(self) -> bool:
         """Returns whether the folder holds a finished search with all trials that are asked for.
 
-        Raises:
-            InputError: It holds one of another configuration, or one that is to have more trials
-                and not to go on.
+        One of another configuration, or one that is to have more trials without `resume`, is an
+        `InputError`.
         """
         self.check_configuration()
         try:
@@ -116,7 +102,21 @@ class SearchPlan:
 
     def results(self) -> list[ranking.TrialResult]:
         """Returns the trials that ended, the best first, the failed last."""
-        return ranking.collect(self.config, self.oracle, self._hypermodel)
+        results = []
+        for trial in self.oracle.ended():
+            folder = self.config.trial_folder(trial.trial_id)
+            measured: dict[str, Any] = {}
+            if trial.score is None:
+                # KerasTuner's protocol hands on no message from a worker.
+                path, text = folder / "error.txt", trial.message or ""
+                text = path.read_text(encoding="utf-8") if path.is_file() else text
+                measured["error"] = (text.strip().splitlines() or ["unknown"])[-1]
+            elif (folder / ranking.RESULT).is_file():
+                measured = json.loads((folder / ranking.RESULT).read_text(encoding="utf-8"))
+            measured["val_accuracy"] = trial.score
+            values = self._hypermodel.values(trial.hyperparameters)
+            results.append(ranking.TrialResult(trial.trial_id, values, **measured))
+        return results
 
     def report_ended(self) -> None:
         """Says how the trials went that have ended, and writes the results so far."""

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -14,15 +13,10 @@ from dskd_keras import files, report
 from dskd_keras.errors import InputError, TrainingError
 from dskd_keras.experiment import pipeline, run_folder
 from dskd_keras.experiment.checkpoints import CheckpointFolder
-from dskd_keras.experiment.interruption import Interrupted, StopRequest
-from dskd_keras.experiment.run import Run
-from dskd_keras.tuning import hparams, preparation, ranking, search_pictures, workers
+from dskd_keras.tuning import hparams, ranking, search_pictures, trials, workers
 from dskd_keras.tuning.config import SearchConfig
 from dskd_keras.tuning.plan import SearchPlan
 from dskd_keras.tuning.ranking import TrialResult
-
-# KerasTuner's name for a tuner without a chief.
-_ONLY_TUNER = "tuner0"
 
 
 def run(
@@ -31,24 +25,11 @@ def run(
     command: str | None = None,
     worker_command: Sequence[str] | None = None,
 ) -> list[TrialResult]:
-    """Searches, alone, as the chief of workers, or as one of them.
+    """Searches, alone, as the chief of workers, or as one of them; returns the trials, best first.
 
-    Which one follows from `config.workers` and from KerasTuner's environment variables.
-
-    Args:
-        config: What to search.
-        console: For messages and the table. Defaults to standard output.
-        command: The command line that asked for it, to be kept with the results. Optional.
-        worker_command: The command line that starts a worker of the same search; needed with
-            `config.workers`.
-
-    Returns:
-        The trials, the best first; `[]` in a worker.
-
-    Raises:
-        InputError: Before any training, if the configuration, the data or the folder can't be used.
-        KeyboardInterrupt: The search was stopped; `resume` goes on.
-        TrainingError: It could not go on.
+    Which one follows from `config.workers`, which needs the command line of a worker, and from
+    KerasTuner's environment variables. A worker returns none. `command` is the command line that
+    asked for the search, to be kept with the results.
     """
     console = console or report.console()
     config.check_files()
@@ -60,7 +41,7 @@ def run(
     is_chief = role == "chief" or config.workers > 0
     loaded = None
     if not search.is_finished() and not is_chief:
-        loaded = preparation.load(config, console, command)
+        loaded = trials.load(config, console, command)
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.disk_errors_in_one_line(search.folder))
         stack.enter_context(run_folder.claimed("run_dir", search.folder, console.print))
@@ -73,14 +54,21 @@ def run(
         start = time.perf_counter()
         try:
             if is_chief:
-                _run_chief(search, worker_command if role is None else None)
+                workers.Chief(search, worker_command if role is None else None).run()
             else:
-                _run_alone(search, loaded or preparation.load(config, console, command))
+                trials.run_all(search, loaded or trials.load(config, console, command))
+        except KeyboardInterrupt:
+            console.print("Interrupted; --resume goes on.")
+            raise
         except InputError:
             if not search.oracle.trials:
                 # What is mended now is another configuration, and the folder is free for it.
-                _remove_configuration(search.folder)
+                for name in ("config.yaml", "environment.yaml"):
+                    (search.folder / name).unlink(missing_ok=True)
+                shutil.rmtree(search.folder / "teacher", ignore_errors=True)
             raise
+        finally:
+            search.oracle.requeue_all()
         if search.oracle.failure:
             raise TrainingError(
                 f"the search stopped: {search.oracle.failure}. See '{search.folder}/trials.csv'; "
@@ -104,59 +92,12 @@ def _begin(search: SearchPlan) -> None:
     console.print(search.describe())
 
 
-def _remove_configuration(folder: Path) -> None:
-    for name in ("config.yaml", "environment.yaml"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "teacher", ignore_errors=True)
-
-
-def _run_alone(search: SearchPlan, run: Run) -> None:
-    """Runs all trials in this process."""
-    trials = preparation.trials(search, run)
-    try:
-        trials.search()
-    except KeyboardInterrupt:
-        search.oracle.requeue(_ONLY_TUNER)
-        run.say("Interrupted; --resume goes on.")
-        raise
-
-
 def _run_worker(search: SearchPlan, command: str | None) -> None:
-    """Runs trials for a chief."""
-    run = preparation.load(search.config, search.console, command)
+    run = trials.load(search.config, search.console, command)
     search.check_configuration()
     workers.wait_for_chief(search.config.chief_timeout)
     with workers.chief_errors_in_one_line(), files.disk_errors_in_one_line(search.folder):
-        preparation.trials(search, run).search()
-
-
-def _run_chief(search: SearchPlan, worker_command: Sequence[str] | None) -> None:
-    """Hands out trials to workers; with a command it starts them itself, on this machine."""
-    config, oracle, say = search.config, search.oracle, search.console.print
-    address = None if worker_command is None else "127.0.0.1:0"
-    with StopRequest(lambda: say("Stopping the workers; once more to stop at once.")) as stop:
-        chief = workers.Chief(oracle, config.worker_timeout, say, address)
-        local = None
-        if worker_command is None:
-            say(f"Waiting for workers at port {chief.port}.")
-        else:
-            local = workers.LocalWorkers(chief, config.workers, worker_command, search.folder)
-
-        def poll() -> None:
-            search.report_ended()
-            if local is not None:
-                local.replace_dead()
-
-        try:
-            chief.serve(stop, poll)
-        finally:
-            if local is not None:
-                local.stop()
-            for tuner_id in list(oracle.ongoing_trials):
-                oracle.requeue(tuner_id)
-        if stop.signum is not None:
-            say("Interrupted; --resume goes on.")
-            raise Interrupted(stop.signum)
+        trials.run_all(search, run)
 
 
 def _finish(
@@ -164,10 +105,7 @@ def _finish(
 ) -> list[TrialResult]:
     """Writes and shows the results; then the final run, if it is asked for.
 
-    Args:
-        search: The search, its folder claimed.
-        command: As in `run`.
-        seconds: Duration, None for a search that was finished before.
+    Without `seconds`, the duration, the search was finished before.
     """
     config, folder, console = search.config, search.folder, search.console
     search.report_ended()
@@ -193,13 +131,12 @@ def _finish(
     return results
 
 
-def _write_summary(search: SearchPlan, trials: int, seconds: float, command: str | None) -> None:
+def _write_summary(search: SearchPlan, count: int, seconds: float, command: str | None) -> None:
     """Writes what says that the search is finished."""
     folder, most = search.folder, search.config.most_trials()
-    ranges = dataclasses.asdict(search.config.ranges)
-    searched = {parameter.name: ranges[parameter.name] for parameter in search.space.space}
-    hparams.write_ranges(folder, searched)
-    summary = {"trials": trials, "max_trials": most, "seconds": seconds, "command": command}
+    ranges = search.config.ranges
+    hparams.write_ranges(folder, {name: getattr(ranges, name) for name in search.searched})
+    summary = {"trials": count, "max_trials": most, "seconds": seconds, "command": command}
     files.write_text(folder / "search.json", json.dumps(summary, indent=1) + "\n")
     if most is None:
         # Hyperband is through all its brackets and goes on with none of them.

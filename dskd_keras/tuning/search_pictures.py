@@ -16,7 +16,7 @@ _MOST_LETTERS = 22
 def parameters(rows: Sequence[TrialResult]) -> bytes | None:
     """Draws the accuracy of all trials over each parameter; None if no trial succeeded.
 
-    The best trial is the first row, as `ranking.collect` returns them.
+    The best trial is the first row, as `SearchPlan.results` returns them.
     """
     rows = [row for row in rows if row.val_accuracy is not None]
     if not rows:

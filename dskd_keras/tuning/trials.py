@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -14,23 +15,68 @@ from pathlib import Path
 
 import keras
 import keras_tuner
+import yaml
 from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial
+from rich.console import Console
 
 from dskd_keras import files
 from dskd_keras.errors import InputError, TrainingError
-from dskd_keras.experiment import run_folder, training
-from dskd_keras.experiment.cached_targets import CachedTargets
+from dskd_keras.experiment import build, cached_targets, run_folder, teachers, training
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.run import Run
-from dskd_keras.tuning import hparams, keras_tuner_internals, memory, ranking, workers
-from dskd_keras.tuning.hypermodel import DistillationHyperModel
+from dskd_keras.tuning import hparams, keras_tuner_internals, memory, plan, ranking, workers
+from dskd_keras.tuning.config import SearchConfig
 from dskd_keras.tuning.plan import SearchPlan
 
 # Seconds of a worker: before it asks a chief again that has nothing for it, and between two signs
 # of life while it trains.
 _ASK_AGAIN = 1.0
 _SIGN_OF_LIFE = 5.0
+
+
+def load(config: SearchConfig, console: Console, command: str | None = None) -> Run:
+    """Loads the images, and builds a distiller of every kind that a trial may need.
+
+    What doesn't fit is so said before a teacher trains for hours.
+    """
+    run = Run(config.experiment(), build.load_data(config, console), console, command)
+    teacher = build.create_teacher(run)
+    for layers in config.ranges.student_layers or [config.student_layers]:
+        build.distiller(run.replace(student_layers=layers), teacher, build.create_student(run))
+    return run
+
+
+def run_all(search: SearchPlan, run: Run) -> None:
+    """Runs trials until there are no more, after the teacher is there and its outputs are cached.
+
+    It is an `InputError` if the search was begun with another backend, other images or another
+    teacher.
+    """
+    here, teacher = training.conditions(run.dataset), _teacher(search, run)
+    if teacher is not None:
+        here["teacher"] = cached_targets.key(teacher, None, run.dataset, None)
+    path = search.folder / "environment.yaml"
+    if path.is_file():
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        training.check_conditions(search.folder, there, here)
+    else:
+        files.write_text(path, yaml.safe_dump(here))
+    Trials(search, run, teacher).search()
+
+
+def _teacher(search: SearchPlan, run: Run) -> keras.Model | None:
+    """Returns the teacher as it teaches, measured once in a search; None where none is needed."""
+    if run.config.method == "ce":
+        return None
+    folder = search.folder / "teacher"
+    waiting = "Waiting for another process, which prepares the teacher."
+    with run_folder.claimed("run_dir", folder, run.say, waiting):
+        if (folder / "metrics.json").is_file():
+            return teachers.ready_to_teach(run, teachers.load(run)[0])
+        teacher = teachers.obtain(run)
+        files.write_text(folder / "metrics.json", teacher.result.to_json())
+        return teacher.model
 
 
 class SearchEnded(TrainingError, keras_tuner.errors.FatalError):
@@ -44,21 +90,9 @@ class Trials(BaseTuner):
     several seeds it has a run for each and their mean. It has checkpoints of its own, so one that
     was interrupted goes on within its epoch. One that Hyperband promotes goes on where the shorter
     one ended, with the optimizer's state and on the same schedule.
-
-    Args:
-        search: What is searched.
-        run: The configuration without the search, and its images, of which some are for validation.
-        hypermodel: Builds the distillers.
-        cached: The teacher's outputs for fixed views; None to run the teacher in every step.
     """
 
-    def __init__(
-        self,
-        search: SearchPlan,
-        run: Run,
-        hypermodel: DistillationHyperModel,
-        cached: CachedTargets | None,
-    ):
+    def __init__(self, search: SearchPlan, run: Run, teacher: keras.Model | None):
         # error.txt has them.
         keras_tuner_internals.print_no_tracebacks()
         # Without a hypermodel for KerasTuner: it would build models to find the parameters.
@@ -67,8 +101,10 @@ class Trials(BaseTuner):
         )
         self._search = search
         self._run = run
-        self._hypermodel = hypermodel
-        self._cached = cached
+        self._hypermodel = plan.hypermodel(search.config, run, teacher)
+        self._cached: cached_targets.CachedTargets | None = None
+        if teacher is not None and search.config.cached_views:
+            self._cached = cached_targets.obtain(run, teacher, search.config.cached_views)
         self._has_asked = False
 
     def pre_create_trial(self) -> None:
@@ -80,31 +116,22 @@ class Trials(BaseTuner):
     def on_trial_begin(self, trial: Trial) -> None:
         """Says which values are tried."""
         self._has_asked = False
-        values = self._hypermodel.values(trial.hyperparameters)
-        self._run.say(f"Trial {trial.trial_id}: {ranking.describe(values)}")
+        values = self._hypermodel.values(trial.hyperparameters).items()
+        tried = ", ".join(f"{name} {ranking.format_value(value)}" for name, value in values)
+        self._run.say(f"Trial {trial.trial_id}: {tried}")
 
     def run_trial(self, trial: Trial) -> dict[str, float]:
-        """Trains the trial's students.
+        """Trains the trial's students and returns the objective.
 
-        Args:
-            trial: The trial.
-
-        Returns:
-            The objective, `val_accuracy`, 0 to 1.
-
-        Raises:
-            keras_tuner.errors.FailedTrialError: The trial can't be trained; the search goes on.
-            SearchEnded: No trial could: its folder can't be used, or the disk can't be written.
+        After a `FailedTrialError` the search goes on; `SearchEnded` says that no trial could.
         """
         folder = self._search.config.trial_folder(trial.trial_id)
         try:
             with self._signs_of_life(trial.trial_id), files.disk_errors_in_one_line(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 return {"val_accuracy": self._train(trial, folder)}
-        except InputError as error:
-            raise SearchEnded(str(error)) from error
         except Exception as error:
-            if isinstance(error.__cause__, OSError):
+            if isinstance(error, InputError) or isinstance(error.__cause__, OSError):
                 raise SearchEnded(str(error)) from error
             message = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, TrainingError):
@@ -120,9 +147,6 @@ class Trials(BaseTuner):
                 CheckpointFolder(place / "checkpoints").clear()
         self._search.report_ended()
 
-    def save(self) -> None:
-        """Does nothing: the oracle has saved itself, and there is no other state."""
-
     def _train(self, trial: Trial, folder: Path) -> float:
         """Trains the trial's students and writes its results; returns its accuracy."""
         hp = trial.hyperparameters
@@ -137,7 +161,9 @@ class Trials(BaseTuner):
             # Where a worker was thought dead and is not, it finishes first.
             with run_folder.claimed("run_dir", place, run.say, waiting):
                 if "tuner/trial_id" in hp.values:
-                    self._copy_checkpoints(hp.values["tuner/trial_id"], place)
+                    # Hyperband's: it goes on with a shorter trial.
+                    shorter = self._search.config.trial_folder(hp.values["tuner/trial_id"])
+                    _copy_checkpoints(shorter / place.name, place)
                 with memory.clean_session():
                     runs.append(self._train_one(run, hp, seed, place, until))
                 hparams.write_values(place / "tensorboard", trial.trial_id, values)
@@ -153,7 +179,7 @@ class Trials(BaseTuner):
         }
         config = dataclasses.replace(run.config, resume=False)
         files.write_text(folder / "config.yaml", config.to_yaml())
-        ranking.write_result(folder, result)
+        files.write_text(folder / ranking.RESULT, json.dumps(result, indent=1) + "\n")
         return accuracy
 
     def _train_one(
@@ -169,17 +195,6 @@ class Trials(BaseTuner):
         return training.train(
             run, distiller, seed, place, batches=batches, until=until, verbose=verbose
         )
-
-    def _copy_checkpoints(self, shorter: str, place: Path) -> None:
-        """Copies the checkpoints of the shorter trial that this one goes on with."""
-        there = place / "checkpoints"
-        source = self._search.config.trial_folder(shorter) / place.name / "checkpoints"
-        # Without them it begins anew, to the same numbers.
-        if source.is_dir() and not there.exists():
-            aside = place / ".checkpoints.tmp"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(source, aside)
-            aside.rename(there)
 
     @contextlib.contextmanager
     def _signs_of_life(self, trial_id: str) -> Iterator[None]:
@@ -205,6 +220,16 @@ class Trials(BaseTuner):
             yield
         finally:
             over.set()
+
+
+def _copy_checkpoints(source: Path, place: Path) -> None:
+    there = place / "checkpoints"
+    # Without them the longer trial begins anew, to the same numbers.
+    if (source / "checkpoints").is_dir() and not there.exists():
+        aside = place / ".checkpoints.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(source / "checkpoints", aside)
+        aside.rename(there)
 
 
 def _peak_memory() -> float | None:

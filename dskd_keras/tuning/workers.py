@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Literal
@@ -14,9 +14,9 @@ from typing import Literal
 import grpc
 
 from dskd_keras.errors import InputError, TrainingError, wrong
-from dskd_keras.experiment.interruption import StopRequest
+from dskd_keras.experiment.interruption import Interrupted, StopRequest
 from dskd_keras.tuning import keras_tuner_internals
-from dskd_keras.tuning.oracles import DurableOracle
+from dskd_keras.tuning.plan import SearchPlan
 
 _ADDRESS = ("KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
 _ROLE = "KERASTUNER_TUNER_ID"
@@ -31,11 +31,7 @@ _BAD_INPUT = 2
 
 
 def role() -> Literal["chief", "worker"] | None:
-    """Returns this process's part by KerasTuner's environment variables, None without a chief.
-
-    Raises:
-        InputError: Some of the three variables are set and others are not.
-    """
+    """Returns this process's part by KerasTuner's environment variables, None without a chief."""
     names = (*_ADDRESS, _ROLE)
     missing = [name for name in names if not os.environ.get(name)]
     if len(missing) == len(names):
@@ -52,14 +48,7 @@ def role() -> Literal["chief", "worker"] | None:
 
 
 def wait_for_chief(seconds: float) -> None:
-    """Waits for the chief, and makes that the limit of all later questions to it, too.
-
-    Args:
-        seconds: How long.
-
-    Raises:
-        InputError: It is not there.
-    """
+    """Waits so long for the chief, as all later questions to it do; `InputError` without one."""
     address = _address()
     keras_tuner_internals.limit_waiting(seconds)
     with grpc.insecure_channel(address) as channel:
@@ -96,105 +85,74 @@ def _address() -> str:
 
 
 class Chief:
-    """Serves an oracle to workers until the search is over.
+    """Serves an oracle to workers; with their command it starts them itself, on this machine.
 
-    Args:
-        oracle: The oracle.
-        worker_timeout: Seconds without a sign of life after which a worker counts as dead.
-        say: Called with messages.
-        address: `HOST:PORT` to listen at; port 0 takes a free one. Defaults to KerasTuner's
-            environment variables.
-
-    Attributes:
-        oracle: The oracle.
-        say: As given.
-        port: The port.
-
-    Raises:
-        InputError: It can't listen there.
+    Each of its own that dies is replaced. They write their logs beside the search, `worker-N.log`.
     """
 
-    def __init__(
-        self,
-        oracle: DurableOracle,
-        worker_timeout: float,
-        say: Callable[[str], object],
-        address: str | None = None,
-    ):
-        self.oracle = oracle
-        self.say = say
-        self._worker_timeout = worker_timeout
+    def __init__(self, search: SearchPlan, command: Sequence[str] | None):
+        self.oracle = search.oracle
+        self._search = search
+        self._say = search.console.print
+        self._command = command
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._deaths = 0
+        self._ended = 0
         # One thread, as KerasTuner has it: proposals are made one after another.
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)]
         )
-        self._told_that_it_is_over = keras_tuner_internals.add_servicer(oracle, self._server)
-        address = address or _address()
+        self._told_that_it_is_over = keras_tuner_internals.add_servicer(self.oracle, self._server)
+        # Port 0 takes a free one.
+        address = _address() if command is None else "127.0.0.1:0"
         try:
-            self.port = self._server.add_insecure_port(address)
+            self._port = self._server.add_insecure_port(address)
         except RuntimeError:
-            self.port = 0
-        if not self.port:
+            self._port = 0
+        if not self._port:
             raise InputError(
                 f"KERASTUNER_ORACLE_PORT: can't listen at {address}. Is another chief running?"
             )
 
-    def serve(self, stop: StopRequest, poll: Callable[[], object]) -> None:
-        """Serves until the search is over.
+    def run(self) -> None:
+        """Hands out trials until the search is over; `Interrupted` where it was asked to stop."""
+        announce = "Stopping the workers; once more to stop at once."
+        with StopRequest(lambda: self._say(announce)) as stop:
+            try:
+                self._serve(stop)
+            finally:
+                self._server.stop(grace=_POLL).wait()
+                self._stop_workers()
+            if stop.signum is not None:
+                raise Interrupted(stop.signum)
 
-        Args:
-            stop: Ends it early.
-            poll: Called twice a second.
-        """
+    def _serve(self, stop: StopRequest) -> None:
+        config = self._search.config
         self._server.start()
-        try:
-            while stop.signum is None:
-                time.sleep(_POLL)
-                poll()
-                for tuner_id in self.oracle.unresponsive_workers(self._worker_timeout):
-                    self.count_as_dead(tuner_id, f"no sign of life for {self._worker_timeout:g} s")
-                over = self._told_that_it_is_over() or self.oracle.failure
-                if over and self.oracle.is_over():
-                    break
-            poll()
-        finally:
-            self._server.stop(grace=_POLL).wait()
+        if self._command is None:
+            self._say(f"Waiting for workers at port {self._port}.")
+        else:
+            for number in range(1, config.workers + 1):
+                self._start(f"worker-{number}")
+        while stop.signum is None:
+            time.sleep(_POLL)
+            self._search.report_ended()
+            self.replace_dead()
+            for tuner_id in self.oracle.unresponsive_workers(config.worker_timeout):
+                self._count_as_dead(tuner_id, f"no sign of life for {config.worker_timeout:g} s")
+            over = self._told_that_it_is_over() or self.oracle.failure
+            if over and self.oracle.is_over():
+                break
+        self._search.report_ended()
 
-    def count_as_dead(self, tuner_id: str, reason: str) -> None:
-        """Takes a worker for dead and its trial from it."""
+    def _count_as_dead(self, tuner_id: str, reason: str) -> None:
         trial_id = self.oracle.requeue(tuner_id, f"{tuner_id}: {reason}")
         if trial_id is not None:
-            self.say(f"{tuner_id} is gone ({reason}): trial {trial_id} is to be redone.")
-
-
-class LocalWorkers:
-    """Worker processes on this machine; one that dies is replaced.
-
-    Args:
-        chief: Their chief.
-        count: Number of workers.
-        command: The command line of a worker.
-        folder: Where they write their logs, `worker-N.log`.
-    """
-
-    def __init__(self, chief: Chief, count: int, command: Sequence[str], folder: Path):
-        self._chief = chief
-        self._command = command
-        self._folder = folder
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._deaths = 0
-        self._ended = 0
-        for number in range(1, count + 1):
-            self._start(f"worker-{number}")
+            self._say(f"{tuner_id} is gone ({reason}): trial {trial_id} is to be redone.")
 
     def replace_dead(self) -> None:
-        """Starts another worker for each that died.
-
-        Raises:
-            InputError: A worker can't use its configuration, and neither could any other.
-            TrainingError: Too many died.
-        """
-        ended = len(self._chief.oracle.ended())
+        """Starts another worker for each that died, unless no other could do better."""
+        ended = len(self.oracle.end_order)
         if ended > self._ended:
             self._ended, self._deaths = ended, 0
         for name, process in list(self._processes.items()):
@@ -204,11 +162,12 @@ class LocalWorkers:
             del self._processes[name]
             if status == 0:
                 continue
-            error = self._last_error(name)
+            log = self._log(name).read_text(encoding="utf-8", errors="replace")
+            error = (re.findall(r"^error: (.*)", log, re.MULTILINE) or [""])[-1]
             if status == _BAD_INPUT and error:
                 raise InputError(error)
             reason = signal.Signals(-status).name if status < 0 else error or f"status {status}"
-            self._chief.count_as_dead(name, reason)
+            self._count_as_dead(name, reason)
             self._deaths += 1
             if self._deaths >= _MOST_DEATHS_IN_A_ROW:
                 raise TrainingError(
@@ -217,7 +176,7 @@ class LocalWorkers:
                 )
             self._start(name)
 
-    def stop(self) -> None:
+    def _stop_workers(self) -> None:
         """Asks the workers to stop and waits for them; a second Ctrl-C ends them at once."""
         for process in self._processes.values():
             process.terminate()
@@ -231,10 +190,11 @@ class LocalWorkers:
             raise
 
     def _start(self, name: str) -> None:
+        assert self._command is not None
         environment = {
             **os.environ,
             _ADDRESS[0]: "127.0.0.1",
-            _ADDRESS[1]: str(self._chief.port),
+            _ADDRESS[1]: str(self._port),
             _ROLE: name,
             _CHIEF_PID: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
@@ -246,12 +206,7 @@ class LocalWorkers:
                 start_new_session=True,
             )  # fmt: skip
         self._processes[name] = process
-        self._chief.say(f"Started {name} (process {process.pid}), log: {self._log(name)}")
+        self._say(f"Started {name} (process {process.pid}), log: {self._log(name)}")
 
     def _log(self, name: str) -> Path:
-        return self._folder / f"{name}.log"
-
-    def _last_error(self, name: str) -> str | None:
-        lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if re.match("error: ", line)]
-        return errors[-1].removeprefix("error: ") if errors else None
+        return self._search.folder / f"{name}.log"
