@@ -220,9 +220,7 @@ def test_the_field_that_is_wrong_is_named_whatever_else_is_given(tmp_path):
     with pytest.raises(dskd_keras.InputError, match=r"^ranges.temperature: \[1, 'x'\] should be"):
         parse(SearchConfig, [*PAIR, "--config", str(file)], "tune.py")
     file.write_text("ranges: {temperatur: [1, 2]}\n")
-    with pytest.raises(
-        dskd_keras.InputError, match=r"^ranges: 'temperatur' should be a known"
-    ):
+    with pytest.raises(dskd_keras.InputError, match=r"^ranges: 'temperatur' should be a known"):
         parse(SearchConfig, [*PAIR, "--config", str(file)], "tune.py")
     file.write_text("ranges: 3\n")
     with pytest.raises(dskd_keras.InputError, match=r"^ranges: 3 should be fields of temperature"):
