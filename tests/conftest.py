@@ -13,7 +13,7 @@ def pytest_configure(config):
         "once: no backend has a part in what is tested, and it takes long: run on PyTorch alone, "
         "which compiles nothing",
     )
-    config.addinivalue_line("markers", "slow: takes over 8 s; `make check` leaves it out")
+    config.addinivalue_line("markers", "slow: takes long on PyTorch; `make check` leaves it out")
 
 
 def pytest_collection_modifyitems(items):

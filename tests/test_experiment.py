@@ -410,6 +410,7 @@ def flip_a_byte(source, target):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
     (cached,) = (finished / "teachers").glob("*.keras")
     teacher = keras.models.load_model(cached)
@@ -558,6 +559,7 @@ def test_labels_outside_the_classes(images, tmp_path, capsys):
     assert "y_test" in error and "3" in error and "\n" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="for the backends that do without it"
 )

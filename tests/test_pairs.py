@@ -24,6 +24,7 @@ def seen():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_pair_takes_a_step(path, seen):
     config = parse(ExperimentConfig, ["--pair", path.stem], "train.py")

@@ -115,6 +115,7 @@ def outcome(folder):
     }
 
 
+@pytest.mark.slow
 def test_killed_at_moments_of_all_kinds(images, tmp_path):
     moments = MOMENTS if BACKEND == "torch" else FEWER_MOMENTS
     # Nobody stops the first, and its checkpoints are at other steps.
@@ -201,6 +202,7 @@ def test_a_signal_stops_after_the_step_and_loses_none(
     assert outcome(folder) == finished[1]
 
 
+@pytest.mark.slow
 def test_half_precision_goes_on_to_the_same_bits(begun, images, monkeypatch, tmp_path_factory):
     # float16 has the scale of the loss to remember, which grows and shrinks with the steps.
     precision = ["--dtype_policy", "mixed_float16", "--teacher_dtype", "bfloat16"]
@@ -372,6 +374,7 @@ def test_another_process_in_the_same_folder(stopped, images, capsys):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment, kept",
     [

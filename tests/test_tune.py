@@ -187,6 +187,7 @@ def test_a_search_and_what_it_leaves(tmp_path, capsys, parts, monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_bayesian_search_over_the_supervised_layers(teacher, tmp_path, parts):
     layers = ["--ranges.student_layers", "[[stage1], [stage1, stage2]]"]
     assert tune.main(flags(tmp_path, teacher, "--max_trials", 3, *layers)) == 0
@@ -196,6 +197,7 @@ def test_a_bayesian_search_over_the_supervised_layers(teacher, tmp_path, parts):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_promoted_trial_goes_on_where_the_shorter_one_ended(hyperband, tmp_path):
     rows = check_results(hyperband, 4)
     assert sorted(int(row["epochs"]) for row in rows) == [1, 1, 1, 3]
@@ -251,6 +253,7 @@ def test_too_many_failures_end_the_search_in_one_line(teacher, tmp_path, monkeyp
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_final_run_is_on_all_the_training_images(teacher, tmp_path, capsys):
     more = ("--max_trials", 1, "--final", "--seeds", 0, 1, "--method", "kd")
     assert tune.main(flags(tmp_path, teacher, *more)) == 0
@@ -382,6 +385,7 @@ def test_ctrl_c_leaves_what_resume_goes_on_from(teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_trials(hyperband, teacher, tmp_path):
     """By SIGKILL, seven times in one search of four trials."""
     moments = "saved:1,step:3,trained:1,half:1,ended:1,saved:2,step:8,none"
@@ -404,6 +408,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_trials(hyperband, teacher, 
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_worker_is_killed_and_the_search_has_all_trials(teacher, tmp_path, capsys, monkeypatch):
     """A chief and two workers on this machine."""
     replace_dead, killed = workers.Chief.replace_dead, []
