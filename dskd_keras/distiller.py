@@ -1,5 +1,7 @@
 """The model that trains a student under a frozen teacher."""
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,11 +10,27 @@ import keras
 import numpy as np
 from keras import ops
 
-from dskd_keras import checks, graph, heads, keras_internals, labels
+from dskd_keras import (
+    coefficients,
+    freezing,
+    graph,
+    heads,
+    keras_internals,
+    labels,
+    objective,
+    pairing,
+)
+from dskd_keras.coefficients import Coefficients
+from dskd_keras.ensemble import Ensemble
 from dskd_keras.errors import InputError, unknown_name, wrong
-from dskd_keras.losses import FeatureMeanSquaredError, KLDivergence
+from dskd_keras.freezing import TeacherSettings
+from dskd_keras.inputs import of_model
+from dskd_keras.labels import LabelCheck
+from dskd_keras.pairing import DistilledOutput
 from dskd_keras.progress import Place, ProgressLine
-from dskd_keras.teacher import FrozenTeacher
+from dskd_keras.teacher import FrozenTeacher, FunctionTeacher, Teacher
+from dskd_keras.term_means import BatchMean, TermMeans
+from dskd_keras.terms import in_full_precision
 from dskd_keras.weighting import Weighting, renamed
 from dskd_keras.weighting import get as get_weighting
 
@@ -23,12 +41,52 @@ class Targets(NamedTuple):
     Attributes:
         label: The labels as `fit` got them, or None.
         teacher: The teacher's outputs for the same images, a dict: `"logits"` `[B, C]` and
-            `"features"` (channels last), each only where a term needs it. None where no term needs
-            one, or where `fit` is to run the teacher.
+            `"features"` (channels last), each only where a term needs it. With one teacher layer
+            for each student layer the maps are `"features/NAME"`, NAME being the teacher's layer;
+            of K teachers the logits are `[B, K, C]`. None where no term needs one, or where `fit`
+            is to run the teacher.
     """
 
     label: Any
     teacher: Any
+
+
+def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets an `InputError` raised within a step leave without what the backend puts around it."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            cause: BaseException | None = error
+            innermost = None
+            while cause is not None:
+                if isinstance(cause, InputError):
+                    innermost = cause
+                cause = cause.__cause__ or cause.__context__
+            if innermost is None or innermost is error:
+                raise
+            raise InputError(*innermost.args) from None
+
+    return wrapped
+
+
+def _number(name: str) -> Any:
+    """Returns the property for a number of the objective that may change while it trains."""
+
+    def read(self: "Distiller") -> float:
+        return self.coefficients.read(self, name)
+
+    def write(self: "Distiller", value: Any) -> None:
+        if name == "temperature" and not self._objective.strategies.shares_temperature:
+            raise InputError(
+                f"temperature: {value!r}, but prediction_loss is an object, which has its own. "
+                "Set it there, or give the loss by its name."
+            )
+        self.coefficients.write(self, name, value)
+
+    return property(read, write, doc=f"The {name.replace('_', ' ')}; callbacks may assign it.")
 
 
 @keras.saving.register_keras_serializable("dskd_keras")
@@ -55,20 +113,34 @@ class Distiller(keras.Model):
     plain distillation. With `prediction_weight=0` too it is ordinary training, and then `teacher`
     may be None. With `label_weight=0` no labels are needed.
 
+    The divergence follows the compiled loss: over classes (a softmax) where it is a categorical
+    one, over independent labels (a sigmoid each) where it is a binary one. Logits may be `[B, C]`,
+    or dense, `[B, T, C]` and `[B, H, W, C]`: then every position is compared. The mean is that over
+    the positions that are neither padded (by a Keras mask, or the input `mask`) nor labelled with
+    the compiled loss's `ignore_class`. The others count in no term and in no allocation.
+
     `distiller(x)`, `predict` and `evaluate` run the student alone, neither teacher nor heads. `fit`
     logs every term and, for each layer, its losses and its allocations. `loss` is the whole
     objective while `val_loss` is the compiled loss on the labels, so the two are not comparable.
 
+    `temperature` and the coefficients may be assigned, by callbacks too, while it trains. They are
+    saved with the weights.
+
     Args:
-        teacher: A functional or Sequential model with logits `[B, C]`, or None. It is frozen
-            (`teacher.trainable` becomes False), run in inference mode, and left out of
-            `save_weights`; saving the whole distiller as `.keras` includes it.
-        student: A functional or Sequential model with logits `[B, C]` for the same inputs.
+        teacher: A functional or Sequential model with logits; or a `dskd_keras.Teacher`, any
+            function of a batch; or a list of them; or None. A model is frozen (`teacher.trainable`
+            becomes False, so `teacher.fit` trains nothing any more), run in inference mode, and
+            left out of `save_weights`; saving the whole distiller as `.keras` includes it.
+        student: A functional or Sequential model with logits.
         student_layers: Names of the student's shallow layers to supervise; `outer/inner` reaches
-            into a nested model. Their outputs may be `[B, H, W, C]`, `[B, C, H, W]`, `[B, T, D]`
-            or `[B, D]`. Defaults to none.
-        teacher_layer: Name of the teacher's layer whose output supervises them. Defaults to the
-            last feature map before the pooling.
+            into a nested model, `name#1` is the second call of a layer, `name:1` or `name:key` one
+            of several outputs. Their outputs may be `[B, H, W, C]`, `[B, C, H, W]`,
+            `[B, D, H, W, C]`, `[B, T, D]` or `[B, D]`. `"auto"` takes the last layer of each
+            resolution before the last. `dskd_keras.summary(student)` shows what can be named.
+            Defaults to none.
+        teacher_layer: Name of the teacher's layer whose output supervises them, or a list with one
+            for each student layer. Defaults to the last feature map before the pooling, whose name
+            the attribute then holds.
         temperature: Positive number τ that softens both sides' logits. Defaults to 4.0.
         label_weight: Coefficient of the compiled loss. Defaults to 1.0.
         prediction_weight: Coefficient of the student's divergence from the teacher. Defaults
@@ -78,12 +150,36 @@ class Distiller(keras.Model):
         weighting: The strategy that allocates weights to the shallow layers: `"softmax"`,
             `"proportional"`, `"inverse"`, `"uniform"`, or a `dskd_keras.weighting.Weighting`.
             Defaults to `"softmax"`.
+        prediction_loss: What compares logits: a name of `dskd_keras.losses`, or a
+            `keras.losses.Loss` or function of teacher's and student's logits that gives one value
+            an image or a position. An object has its own temperature. Defaults to the divergence
+            that goes with the compiled loss.
+        feature_loss: What compares feature maps, likewise. Defaults to
+            `"feature_mean_squared_error"`.
+        head: The `dskd_keras.heads.Head` on each supervised layer. Defaults to
+            `dskd_keras.heads.SeparableHead()`.
+        teacher_output: Which output of the teacher are the logits: the key of a dict, the name of
+            a layer, or the place in a list. Defaults to the only one.
+        student_output: The same of the student. The other outputs are trained by the losses that
+            `compile` gets for them.
+        teacher_classes: Indices of the teacher's classes, in the order of the student's. Defaults
+            to all.
+        teacher_inputs: A function or a functional model from the batch `x` to the teacher's inputs,
+            run within the step. With it `x` may be a tuple that holds the student's inputs first.
+            Defaults to the batch itself.
+        teacher_weighting: How several teachers count: `"uniform"`, a number for each, or
+            `"confidence"`: by their loss on each image's label, as CA-MKD does. Defaults to
+            `"uniform"`.
+        mask: Name of the student's input `[B, T]` that is not 0 where a position counts, for models
+            that get their padding as an input. Defaults to the masks that Keras keeps.
         name: Optional name.
         **kwargs: `dtype` and `trainable`, as for `keras.Model`.
 
     Attributes:
         student: The student: what to save once trained.
         teacher: The `FrozenTeacher`, None where no term needs it.
+        teacher_layer: The name of the teacher's layer that was chosen, or what was given.
+        student_layers: The names of the supervised layers, a tuple.
         student_with_heads: The functional model of the student with its auxiliary heads, which
             gives `heads.Outputs`.
         prediction_weighting: The strategy's copy for the class-prediction losses.
@@ -110,110 +206,156 @@ class Distiller(keras.Model):
     """
 
     student: keras.Model
-    teacher: FrozenTeacher | None
+    teacher: FrozenTeacher | FunctionTeacher | Ensemble | None
     student_with_heads: keras.Model
     prediction_weighting: Weighting
     feature_weighting: Weighting
     resumed_at: Place = Place()
 
+    temperature = _number("temperature")
+    label_weight = _number("label_weight")
+    prediction_weight = _number("prediction_weight")
+    deep_prediction_weight = _number("deep_prediction_weight")
+    deep_feature_weight = _number("deep_feature_weight")
+
     def __init__(
         self,
-        teacher: keras.Model | None,
+        teacher: Any,
         student: keras.Model,
         student_layers: str | Iterable[str] = (),
-        teacher_layer: str | None = None,
+        teacher_layer: str | Sequence[str] | None = None,
         temperature: float = 4.0,
         label_weight: float = 1.0,
         prediction_weight: float = 1.0,
         deep_prediction_weight: float = 1.0,
         deep_feature_weight: float = 1.0,
         weighting: str | dict[str, Any] | Weighting = "softmax",
+        prediction_loss: Any = None,
+        feature_loss: Any = "feature_mean_squared_error",
+        head: str | heads.Head | None = None,
+        teacher_output: str | int | None = None,
+        student_output: str | int | None = None,
+        teacher_classes: Sequence[int] | None = None,
+        teacher_inputs: Any = None,
+        teacher_weighting: str | Sequence[float] = "uniform",
+        mask: str | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         for argument in kwargs.keys() - {"dtype", "trainable"}:
             _, *known, _ = inspect.signature(Distiller.__init__).parameters
             raise unknown_name("Distiller argument", argument, known)
-        graph.check_classifier("student", student)
-        if teacher is not None:
-            graph.check_classifier("teacher", teacher)
-            graph.check_pair(teacher, student)
+        numbers = {
+            "temperature": temperature,
+            "label_weight": label_weight,
+            "prediction_weight": prediction_weight,
+            "deep_prediction_weight": deep_prediction_weight,
+            "deep_feature_weight": deep_feature_weight,
+        }
+        numbers = {name: coefficients.check(name, value) for name, value in numbers.items()}
+        pairing.check_model("student", student)
         # Inputs go to the student as they come: casting them is its first layer's business.
         kwargs.setdefault("dtype", graph.precision(student))
         super().__init__(name=name, autocast=False, **kwargs)
 
         self.student = student
-        self.student_layers = _names("student_layers", student_layers)
-        self.teacher_layer = teacher_layer
-        self.temperature = checks.real("temperature", temperature, above=0)
-        self.label_weight = checks.real("label_weight", label_weight, least=0)
-        self.prediction_weight = checks.real("prediction_weight", prediction_weight, least=0)
-        self.deep_prediction_weight = checks.real(
-            "deep_prediction_weight", deep_prediction_weight, least=0
+        self.coefficients = Coefficients(numbers)
+        # What is given, for get_config. In tuples and dicts Keras would track the models.
+        self._settings = TeacherSettings(
+            teacher_layer,
+            teacher_output,
+            teacher_classes,
+            teacher_inputs,
+            teacher_weighting,
         )
-        self.deep_feature_weight = checks.real("deep_feature_weight", deep_feature_weight, least=0)
-
-        # The kinds of loss that the shallow layers get.
-        deep = []
-        if self.student_layers and self.deep_prediction_weight:
-            deep.append("prediction")
-        if self.student_layers and self.deep_feature_weight:
-            deep.append("feature")
+        self._given = _Given(student_output, prediction_loss, feature_loss, mask)
+        self._output = DistilledOutput(student, student_output)
+        self.student_layers = self._names(student_layers)
+        deep = [
+            kind
+            for kind in ("prediction", "feature")
+            if self.student_layers and numbers[f"deep_{kind}_weight"]
+        ]
+        kinds = {
+            "label": bool(numbers["label_weight"]),
+            "prediction": bool(numbers["prediction_weight"]),
+            "deep_prediction": "prediction" in deep,
+            "deep_feature": "feature" in deep,
+        }
         supervised = self.student_layers if deep else ()
-        self.teacher = self._frozen(teacher, deep)
+        self.teacher = freezing.freeze(
+            teacher, student, self._output, self.student_layers, kinds, self._settings
+        )
+        self.teacher_layer = teacher_layer
+        if supervised and isinstance(self.teacher, FrozenTeacher):
+            self.teacher_layer = self.teacher.layer
         # Two copies, because a strategy with a state must not mix the two kinds of loss.
         strategy = get_weighting(weighting)
         self.prediction_weighting, self.feature_weighting = (
             renamed(strategy, copy) for copy in ("prediction_weighting", "feature_weighting")
         )
+        self._head = heads.get(head)
+        names = objective.feature_names(self.teacher, supervised)
         self.student_with_heads = heads.attach(
             student,
             supervised,
-            teacher_shape=self.teacher.feature_shape if self.teacher else (),
+            freezing.head_shapes(self.teacher, names, student, self._output, len(supervised)),
             predictions="prediction" in deep,
             features="feature" in deep,
+            head=self._head,
+            output=self._output.index,
+            mask=mask,
             dtype=self.dtype_policy,
         )
         if supervised:
             for strategy in (self.prediction_weighting, self.feature_weighting):
                 strategy.build((len(supervised),))
-        self._kl_divergence = KLDivergence(self.temperature)
-        self._feature_loss = FeatureMeanSquaredError()
-        self._batch_mean = _BatchMean()
-        self._term_means = _TermMeans(self._names_of_terms(deep))
+        if self.teacher is not None and not self.teacher.supports_jit:
+            # Keras looks at the layers that it knows of, and the teacher's are not among them.
+            self.supports_jit = False
+        compares = kinds["prediction"] or kinds["deep_prediction"]
+        self._objective = objective.Objective(
+            kinds,
+            supervised,
+            self._output,
+            self.teacher,
+            objective.strategies(prediction_loss, feature_loss, self._output.classes, compares),
+            self.coefficients,
+            {"prediction": self.prediction_weighting, "feature": self.feature_weighting},
+        )
+        self._batch_mean = BatchMean()
+        self._term_means = TermMeans(self._objective.term_names())
         self.built = True
 
-    def _frozen(self, teacher: keras.Model | None, deep: list[str]) -> FrozenTeacher | None:
-        """Returns the teacher, or None where no term needs one."""
-        predictions = bool(self.prediction_weight or "prediction" in deep)
-        if not (predictions or deep):
-            if self.label_weight:
-                return None
-            raise InputError(
-                "label_weight: 0.0 leaves no term. It should be positive, or prediction_weight, "
-                "or, with student_layers, deep_prediction_weight or deep_feature_weight."
-            )
-        if teacher is None:
-            raise InputError(
-                "teacher: None, but prediction_weight, deep_prediction_weight or "
-                "deep_feature_weight is positive. Give a teacher, or set them to 0."
-            )
-        return FrozenTeacher(teacher, predictions, bool(deep), self.teacher_layer)
-
-    def _names_of_terms(self, deep: list[str]) -> list[str]:
-        coefficients = {"label": self.label_weight, "prediction": self.prediction_weight}
-        names = [f"{kind}_loss" for kind, coefficient in coefficients.items() if coefficient]
-        names += [f"deep_{kind}_loss" for kind in deep]
-        for what in ("loss", "allocation"):
-            for kind in deep:
-                names += [f"deep_{kind}_{what}/{layer}" for layer in self.student_layers]
+    def _names(self, names: Any) -> tuple[str, ...]:
+        if isinstance(names, str) and names == "auto":
+            return tuple(graph.auto_student_layers(self.student, self._output.index))
+        names = (names,) if isinstance(names, str) else tuple(names or ())
+        graph.check_names("student_layers", self.student, names)
+        if len(set(names)) != len(names):
+            raise wrong("student_layers", list(names), "a list that names each layer once")
         return names
 
     def call(self, inputs: Any, training: bool | None = False) -> Any:
-        """Returns the student's logits `[B, C]`; with `training=True` its `heads.Outputs`."""
+        """Returns the student's logits or outputs; with `training=True` its `heads.Outputs`."""
+        inputs = self._of_student(inputs)
         if training:
             return self.student_with_heads(inputs, training=True)
-        return keras.tree.flatten(self.student(inputs, training=False))[0]
+        outputs = self.student(inputs, training=False)
+        return keras.tree.flatten(outputs)[0] if self._output.is_alone else outputs
+
+    def _of_student(self, x: Any) -> Any:
+        """Returns what of a batch is the student's, and checks it."""
+        count = len(self.student.inputs)
+        is_row = isinstance(x, (list, tuple))
+        if is_row and self._settings.teacher_inputs is not None and len(x) > count:
+            x = x[0] if count == 1 else x[:count]
+        return of_model("x", self.student, x)
+
+    @property
+    def output_names(self) -> list[str] | None:
+        """The names of the student's outputs, by which `compile` may give losses; None of one."""
+        return None if self._output.is_alone else self.student.output_names
 
     def targets(self, x: Any, y: Any = None, batch_size: int | None = None) -> Targets:
         """Runs the teacher once over fixed images, for many epochs of training on them.
@@ -230,6 +372,7 @@ class Distiller(keras.Model):
             raise InputError("targets: no term of this distiller needs a teacher.")
         return Targets(y, self.teacher.predict(x, batch_size=batch_size))
 
+    @_in_one_line
     def fit(
         self,
         x: Any = None,
@@ -246,26 +389,47 @@ class Distiller(keras.Model):
         values of single layers. Callbacks and the returned history get them.
 
         Raises:
-            InputError: The compiled loss expects probabilities, or labels are outside the classes.
+            InputError: The compiled loss expects probabilities, the labels have another shape than
+                it takes or are outside the classes, or a batch is not what the models take.
         """
-        if self.compiled and (self.label_weight or self.loss is not None):
-            labels.check_loss(self.loss)
+        self._check_compiled()
         self._check_arrays(x, y)
+        if kwargs.get("class_weight") is not None:
+            self._check_class_weight(x, y)
         if y is None and kwargs.get("sample_weight") is not None:
             # Without any `y` Keras drops the weights and says nothing.
             y = Targets(None, None)
-        if isinstance(y, Targets) and kwargs.get("class_weight") is not None:
-            raise InputError(
-                "class_weight: it can't be combined with Targets. Give the weight of each image as "
-                "sample_weight."
-            )
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = [] if callbacks is None else [*keras.tree.flatten(callbacks)]
+            if labels.kind(self._output.of(self.loss)) is not None:
+                callbacks.insert(0, LabelCheck())
             if verbose != 0 and not any(
                 isinstance(callback, keras.callbacks.ProgbarLogger) for callback in callbacks
             ):
                 callbacks.append(ProgressLine())
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+
+    @_in_one_line
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the student alone on labelled data, as `keras.Model.evaluate`."""
+        return super().evaluate(*args, **kwargs)
+
+    @_in_one_line
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the student's outputs, as `keras.Model.predict`."""
+        return super().predict(*args, **kwargs)
+
+    @_in_one_line
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains on one batch, as `keras.Model.train_on_batch`."""
+        logs = super().train_on_batch(*args, **kwargs)
+        self.check_labels_seen()
+        return logs
+
+    @_in_one_line
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates one batch, as `keras.Model.test_on_batch`."""
+        return super().test_on_batch(*args, **kwargs)
 
     def train_step(self, *args: Any) -> Any:
         """Runs the teacher, then Keras's own training step with its outputs as targets.
@@ -276,6 +440,7 @@ class Distiller(keras.Model):
         """
         *state, data = args
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        self._of_student(x)
         label, outputs = y if isinstance(y, Targets) else (y, None)
         if outputs is None:
             outputs = self._run_teacher(x, *state)
@@ -293,63 +458,51 @@ class Distiller(keras.Model):
         """Returns the objective in a training step, the compiled loss on the labels elsewhere.
 
         In a training step `y` is `Targets` and `y_pred` is `heads.Outputs`; elsewhere these are the
-        labels and logits `[B, C]`. `sample_weight` is None or `[B]`.
+        labels and the student's outputs. `sample_weight` is None, `[B]`, or `[B, *positions]` for
+        dense logits.
         """
         if isinstance(y_pred, heads.Outputs):
-            return self._objective(y, y_pred, sample_weight)
+            return self._training_loss(y, y_pred, sample_weight)
         # Evaluation, and the symbolic build before training.
         label = y.label if isinstance(y, Targets) else y
+        if self.loss is not None and label is not None:
+            self._objective.check_labels(self.loss, label, y_pred)
         if self.loss is None or label is None:
             return ops.zeros(()) + sum(ops.sum(loss) for loss in self.losses)
         return super().compute_loss(x, label, y_pred, _of_image(sample_weight), training)
 
-    def _objective(self, targets: Targets, outputs: heads.Outputs, sample_weight: Any) -> Any:
+    def _training_loss(self, targets: Targets, outputs: heads.Outputs, sample_weight: Any) -> Any:
         label, teacher = targets
+        self._check_label_is_there(label)
         self._check_teacher_outputs(teacher)
-        if teacher is not None:
-            teacher = keras.tree.map_structure(_full_precision, teacher)
-        logits, deep_logits, deep_features = keras.tree.map_structure(_full_precision, outputs)
-        terms = _Terms(self.student_layers, sample_weight)
-        if self.label_weight:
-            self._check_label_is_there(label)
-            values = labels.per_image_loss(self.loss, label, logits)
-            terms.add("label_loss", self.label_weight, values)
-        if self.prediction_weight:
-            values = self._kl_divergence.call(teacher["logits"], logits)
-            terms.add("prediction_loss", self.prediction_weight, values)
-        if deep_logits:
-            terms.add_deep(
-                "prediction",
-                self.deep_prediction_weight,
-                self.prediction_weighting,
-                lambda layer: self._kl_divergence.call(teacher["logits"], deep_logits[layer]),
-            )
-        if deep_features:
-            terms.add_deep(
-                "feature",
-                self.deep_feature_weight,
-                self.feature_weighting,
-                lambda layer: self._feature_loss.call(teacher["features"], deep_features[layer]),
-            )
+        terms, wrong_labels = self._objective(self.loss, label, teacher, outputs, sample_weight)
+        total = 0.0
+        if self._objective.kinds["label"] and not self._output.is_alone:
+            value = keras_internals.compiled_loss(self, label, outputs.outputs, sample_weight)
+            terms.means["label_loss"] = value
+            total = self.coefficients.in_step()["label_weight"] * value
         means = ops.stack([terms.means[name] for name in self._term_means.names])
-        self._term_means.update_state(means, ops.shape(logits)[0])
-        total = self._batch_mean(terms.total, terms.sample_weight)
+        self._term_means.update_state(means, ops.shape(outputs.logits)[0], wrong_labels)
+        if terms.total is not None:
+            total = total + self._batch_mean(terms.total, terms.sample_weight)
         if self.losses:
-            regularisation = sum(ops.sum(_full_precision(loss)) for loss in self.losses)
+            regularisation = sum(ops.sum(in_full_precision(loss)) for loss in self.losses)
             total = total + self._batch_mean(ops.reshape(regularisation, (1,)))
         return total
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
-        """Updates the compiled metrics on the student's logits and returns the logs."""
+        """Updates the compiled metrics on the student's outputs and returns the logs."""
         label = y.label if isinstance(y, Targets) else y
         in_training = isinstance(y_pred, heads.Outputs)
-        logits = y_pred.logits if in_training else y_pred
+        outputs = y_pred
+        if in_training:
+            outputs = y_pred.logits if self._output.is_alone else y_pred.outputs
         logs = (
             self.get_metrics_result()
             if label is None
-            else super().compute_metrics(x, label, logits, _of_image(sample_weight))
+            else super().compute_metrics(x, label, outputs, _of_image(sample_weight))
         )
         return {**logs, **self._term_means.result()} if in_training else logs
 
@@ -405,20 +558,37 @@ class Distiller(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this distiller, both models included."""
-        teacher = None if self.teacher is None else self.teacher.model
+        given, settings = self._given, self._settings
+        teacher: Any = None if self.teacher is None else self.teacher.model
+        if any(isinstance(each, Teacher) for each in (teacher, *_several(teacher))):
+            raise InputError(
+                "teacher: a dskd_keras.Teacher is a function, which can't be saved. Save the "
+                "student (distiller.student.save) or the weights (distiller.save_weights)."
+            )
+        serialize = keras.saving.serialize_keras_object
+        layer = self.teacher_layer
         return {
             **super().get_config(),
-            "teacher": keras.saving.serialize_keras_object(teacher),
-            "student": keras.saving.serialize_keras_object(self.student),
+            "teacher": [serialize(each) for each in teacher] if _several(teacher)
+            else serialize(teacher),
+            "student": serialize(self.student),
             "student_layers": list(self.student_layers),
-            "teacher_layer": self.teacher_layer,
-            "temperature": self.temperature,
-            "label_weight": self.label_weight,
-            "prediction_weight": self.prediction_weight,
-            "deep_prediction_weight": self.deep_prediction_weight,
-            "deep_feature_weight": self.deep_feature_weight,
-            "weighting": keras.saving.serialize_keras_object(self.prediction_weighting),
-        }
+            "teacher_layer": layer if layer is None or isinstance(layer, str) else list(layer),
+            **{name: getattr(self, name) for name in coefficients.NAMES},
+            "weighting": serialize(self.prediction_weighting),
+            "prediction_loss": _by_name_or(serialize, given.prediction_loss),
+            "feature_loss": _by_name_or(serialize, given.feature_loss),
+            "head": serialize(self._head),
+            "teacher_output": settings.teacher_output,
+            "student_output": given.student_output,
+            "teacher_classes": None if settings.teacher_classes is None
+            else list(map(int, settings.teacher_classes)),
+            "teacher_inputs": _by_name_or(serialize, settings.teacher_inputs),
+            "teacher_weighting": settings.teacher_weighting
+            if isinstance(settings.teacher_weighting, str)
+            else list(settings.teacher_weighting),
+            "mask": given.mask,
+        }  # fmt: skip
 
     @classmethod
     def from_config(
@@ -426,47 +596,102 @@ class Distiller(keras.Model):
     ) -> "Distiller":
         """Rebuilds a distiller from `get_config`."""
         config = dict(config)
-        for field in ("teacher", "student", "weighting"):
-            config[field] = keras.saving.deserialize_keras_object(
-                config[field], custom_objects=custom_objects
-            )
+
+        def rebuilt(value: Any) -> Any:
+            if isinstance(value, list):
+                return [rebuilt(each) for each in value]
+            is_config = isinstance(value, dict) and "class_name" in value
+            if not is_config:
+                return value
+            return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+
+        for field in (
+            "teacher", "student", "weighting", "prediction_loss", "feature_loss", "head",
+            "teacher_inputs",
+        ):  # fmt: skip
+            if field in config:
+                config[field] = rebuilt(config[field])
         return cls(**config)
 
     # Keras writes assets in `save` but not in `save_weights`. So a saved distiller can be loaded
     # whole, while checkpoints of weights hold only what changes.
 
     def save_assets(self, dir_path: str) -> None:
-        """Writes the teacher's weights into a `.keras` file."""
-        if self.teacher is not None:
-            self.teacher.model.save_weights(f"{dir_path}/teacher.weights.h5")
+        """Writes the weights of the teacher, or teachers, into a `.keras` file."""
+        for name, model in self._models_of_assets():
+            model.save_weights(f"{dir_path}/{name}.weights.h5")
 
     def load_assets(self, dir_path: str) -> None:
-        """Reads the teacher's weights from a `.keras` file."""
-        if self.teacher is not None:
-            self.teacher.model.load_weights(f"{dir_path}/teacher.weights.h5")
+        """Reads them from a `.keras` file."""
+        for name, model in self._models_of_assets():
+            model.load_weights(f"{dir_path}/{name}.weights.h5")
+
+    def _models_of_assets(self) -> list[tuple[str, keras.Model]]:
+        """Returns the models whose weights a configuration doesn't hold, with their names."""
+        teacher = None if self.teacher is None else self.teacher.model
+        several = _several(teacher)
+        found = [(f"teacher_{number}", model) for number, model in enumerate(several)]
+        if teacher is not None and not several:
+            found = [("teacher", teacher)]
+        before = self._settings.teacher_inputs
+        return [*found, ("teacher_inputs", before)] if isinstance(before, keras.Model) else found
 
     def _run_teacher(self, x: Any, state: Any = None) -> dict[str, Any] | None:
         if self.teacher is None:
             return None
-        if state is None:
+        variables = self.teacher.variables
+        if state is None or not variables:
             return self.teacher(x)
         # On JAX the variables hold no values during training. They are in the step's state, where
         # the teacher's are the last (see `non_trainable_variables`).
         _, non_trainable, *_ = state
-        return self.teacher(x, non_trainable[-len(self.teacher.variables) :])
+        return self.teacher(x, non_trainable[-len(variables) :])
+
+    def check_labels_seen(self) -> None:
+        """Raises `InputError` where a training step met labels that no class or range allows."""
+        seen = self._term_means.wrong_labels
+        count = int(keras_internals.metric_value(self, seen))
+        if count:
+            coefficients.sync(self)
+            seen.assign(0.0)
+            raise labels.outside_range(count, self._output.of(self.loss), self._output.classes)
+
+    def _check_compiled(self) -> None:
+        if not self.compiled:
+            raise InputError(
+                "compile: not called. Call distiller.compile(optimizer, loss=keras.losses."
+                "SparseCategoricalCrossentropy(from_logits=True)) before fit."
+            )
+        if self._output.is_alone and (self._objective.kinds["label"] or self.loss is not None):
+            labels.check_loss(self.loss)
+        self._objective.check_compiled(self.loss)
 
     def _check_arrays(self, x: Any, y: Any) -> None:
         """Checks what `fit` got, where it is arrays. A stream is checked in its first step."""
         label = y.label if isinstance(y, Targets) else y
-        if isinstance(x, np.ndarray):
+        if isinstance(keras.tree.flatten(x)[0] if x is not None else None, np.ndarray):
             self._check_label_is_there(label)
+            self._of_student(x)
         if isinstance(y, Targets) and y.teacher is not None:
             self._check_teacher_outputs(y.teacher)
+        label = self._output.of(label)
         if isinstance(label, np.ndarray):
-            labels.check_range(label, self.loss, self.student.outputs[0].shape[-1])
+            labels.check_range(label, self._output.of(self.loss), self._output.classes)
+
+    def _check_class_weight(self, x: Any, y: Any) -> None:
+        if isinstance(y, Targets):
+            raise InputError(
+                "class_weight: it can't be combined with Targets. Give the weight of each image as "
+                "sample_weight."
+            )
+        if y is None and isinstance(keras.tree.flatten(x)[0], np.ndarray):
+            raise InputError(
+                "class_weight: given, but y is None, so no image has a class. Give the labels, or "
+                "the weight of each image as sample_weight."
+            )
 
     def _check_label_is_there(self, label: Any) -> None:
-        if label is None and self.label_weight:
+        if label is None and self._objective.kinds["label"]:
             raise InputError(f"y: no labels, but label_weight={self.label_weight} needs them.")
 
     def _check_teacher_outputs(self, outputs: Any) -> None:
@@ -479,126 +704,26 @@ class Distiller(keras.Model):
             )
 
 
-class _Terms:
-    """The terms of one training step, as they are added up."""
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """Arguments as they came."""
 
-    def __init__(self, layers: Sequence[str], sample_weight: Any) -> None:
-        self.means: dict[str, Any] = {}  # over the batch, by the names in the logs
-        self.total: Any = 0  # of the terms times their coefficients, one value an image
-        self.sample_weight = sample_weight
-        if sample_weight is not None:
-            self.sample_weight = ops.reshape(_full_precision(sample_weight), (-1,))
-        self._layers = layers
-
-    def add(self, name: str, coefficient: float, values: Any) -> None:
-        """Adds a term of the student's output, one value an image."""
-        self.means[name] = self._mean(values)
-        self.total = self.total + coefficient * values
-
-    def add_deep(
-        self, kind: str, coefficient: float, weighting: Weighting, loss: Callable[[str], Any]
-    ) -> None:
-        """Adds a term of the shallow layers; `loss` gives that of a layer, one value an image."""
-        values = [loss(layer) for layer in self._layers]
-        means = _mean_over_replicas(ops.stack([self._mean(of_layer) for of_layer in values]))
-        weights = _full_precision(weighting(means))
-        for layer, mean, weight in zip(
-            self._layers, ops.unstack(means), ops.unstack(weights), strict=True
-        ):
-            self.means[f"deep_{kind}_loss/{layer}"] = mean
-            self.means[f"deep_{kind}_allocation/{layer}"] = weight
-        self.means[f"deep_{kind}_loss"] = ops.sum(weights * means)
-        self.total = self.total + coefficient * ops.matmul(weights, ops.stack(values))
-
-    def _mean(self, values: Any) -> Any:
-        return ops.mean(values if self.sample_weight is None else values * self.sample_weight)
+    student_output: str | int | None
+    prediction_loss: Any
+    feature_loss: Any
+    mask: str | None
 
 
-class _BatchMean(keras.losses.Loss):
-    """The mean of one value an image: Σ w·l / B.
-
-    `tf.distribute` sums the losses of the replicas, and a Keras loss scales itself by their number.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(name="batch_mean")
-
-    def __call__(self, values: Any, sample_weight: Any = None) -> Any:
-        # Keras pairs predictions with targets. Here the values are both.
-        return super().__call__(values, values, sample_weight)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        return y_pred
+def _several(teacher: Any) -> list[Any]:
+    return list(teacher) if isinstance(teacher, (list, tuple)) else []
 
 
-class _TermMeans(keras.metrics.Metric):
-    """The means of all terms over an epoch, in one metric: a step updates it once.
-
-    `last_step` holds what the last step added: the totals of the terms, then its number of images.
-    Under `tf.distribute` the variables of metrics are summed over the replicas. A mean would be
-    wrong then, while the quotient of two sums is right.
-    """
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__(name="term_means")
-        self.names = names
-        self.total = self.add_weight(shape=(len(names),), initializer="zeros", name="total")
-        self.images = self.add_weight(initializer="zeros", name="images")
-        self.last_step = self.add_weight(
-            shape=(len(names) + 1,), initializer="zeros", name="last_step"
-        )
-
-    def update_state(self, values: Any, batch_size: Any) -> None:
-        batch_size = ops.cast(batch_size, self.dtype)
-        values = ops.cast(values, self.dtype) * batch_size
-        self.total.assign_add(values)
-        self.images.assign_add(batch_size)
-        self.last_step.assign(ops.append(values, batch_size))
-
-    def result(self) -> dict[str, Any]:
-        means = ops.divide_no_nan(self.total.value, self.images.value)
-        return dict(zip(self.names, ops.unstack(means), strict=True))
-
-    def reset_state(self) -> None:
-        # Not `last_step`, which callbacks read: `evaluate` within `fit` resets all metrics.
-        for variable in (self.total, self.images):
-            variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
-
-    # Files hold no `last_step`: it is over once they are read.
-
-    def save_own_variables(self, store: Any) -> None:
-        store["0"], store["1"] = self.total, self.images
-
-    def load_own_variables(self, store: Any) -> None:
-        self.total.assign(store["0"])
-        self.images.assign(store["1"])
+def _by_name_or(serialize: Callable[[Any], Any], value: Any) -> Any:
+    return value if value is None or isinstance(value, (str, int)) else serialize(value)
 
 
 def _of_image(sample_weight: Any) -> Any:
-    """Returns one value an image: beside `Targets` Keras copies `sample_weight` for every leaf."""
+    """Returns the weights of images: beside `Targets` Keras copies them for every leaf."""
     if isinstance(sample_weight, Targets):
         return next(leaf for leaf in keras.tree.flatten(sample_weight) if leaf is not None)
     return sample_weight
-
-
-def _full_precision(x: Any) -> Any:
-    return ops.cast(x, keras.config.floatx())
-
-
-def _mean_over_replicas(values: Any) -> Any:
-    """Returns means over the replicas of `tf.distribute`, so that all of them allocate alike."""
-    if keras.backend.backend() != "tensorflow":
-        return values
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return values
-    return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
-
-
-def _names(field: str, names: str | Iterable[str]) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) else tuple(names or ())
-    if len(set(names)) != len(names):
-        raise wrong(field, list(names), "a list that names each layer once")
-    return names

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from dskd_keras import graph
+from dskd_keras import copying, graph
 from dskd_keras.errors import InputError, unknown_name
 from dskd_keras.keras_internals import call_of, producer
 
@@ -127,9 +127,7 @@ def _fold(
             if id(layer) in into:
                 _set_folded(made, layer, into[id(layer)][1])
             elif made is not _PASS and not graph.has_graph(layer):
-                made.set_weights(layer.get_weights())
-                if isinstance(layer, layers.Normalization):
-                    made.finalize_state()  # it computes with what it takes from them
+                copying.copy_state(made, layer)
     for weight in folded.weights if dtype else ():
         if not np.isfinite(keras.ops.convert_to_numpy(weight).astype("float32")).all():
             raise InputError(
@@ -205,8 +203,8 @@ def _bias_goes_astray(layer: Any, tensor: keras.KerasTensor) -> bool:
 
 def _copied(layer: Any, norm: Any, dtype: str | None) -> Any:
     """Returns a new layer like `layer`, ready to be called; with the name of `norm`, if any."""
-    try:
-        config = layer.get_config()
+
+    def change(config: dict[str, Any]) -> None:
         config.update({name: None for name in config if name.endswith(_OF_TRAINING)})
         if norm is not None:
             config.update(name=norm.name, use_bias=True)
@@ -215,17 +213,8 @@ def _copied(layer: Any, norm: Any, dtype: str | None) -> Any:
         fixed = isinstance(layer, layers.InputLayer) or _is_quantised(layer)
         if dtype is not None and "dtype" in config and not fixed:
             config["dtype"] = _policy(layer, dtype)
-        if isinstance(layer, layers.Lambda):
-            copy = layers.Lambda.from_config(config, safe_mode=False)  # nothing is read from a file
-            copy.function = layer.function  # a configuration loses the variables around it
-            return copy
-        return type(layer).from_config(config)
-    except Exception as error:  # whatever a layer of the user's raises
-        raise InputError(
-            f"model: layer '{layer.name}' ({type(layer).__name__}) can't be made anew from its "
-            "get_config, which has to hold all arguments of __init__, with **kwargs for those of "
-            f"keras.Layer: {str(error).strip().partition(chr(10))[0]}"
-        ) from error
+
+    return copying.anew(layer, change)
 
 
 def _policy(layer: Any, dtype: str) -> str:

@@ -1,46 +1,61 @@
-"""Looking into functional models: their layers by name, and the feature maps that these give."""
+"""Looking into functional models: their layers by name, and the feature maps that these give.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+What is below it is reached through it: walking through graphs (`walking.py`), names (`naming.py`)
+and the layers that are taken where none is named (`feature_maps.py`).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 
-from dskd_keras.errors import InputError, unknown_name
+from dskd_keras.errors import InputError
+from dskd_keras.feature_maps import auto_student_layers, default_teacher_layer
 from dskd_keras.keras_internals import (
     call_of,
     flat_layers,
     input_structure,
     output_structure,
+    outputs_of,
     producer,
+    symbolic_mask,
 )
+from dskd_keras.naming import check_names, find, layer_names, names_inside
+from dskd_keras.walking import Graph, Place, backwards, data_format, has_graph, positions
+
+__all__ = [
+    "Tapped",
+    "auto_student_layers",
+    "backwards",
+    "channels_last",
+    "check_graph",
+    "check_names",
+    "default_teacher_layer",
+    "has_graph",
+    "layer_names",
+    "mask_of",
+    "names_inside",
+    "precision",
+    "rebuild",
+    "tap",
+]
+
+# The size that unknown ones get to see whether they stay the same: networks can halve it often.
+_ANY_SIZE = 96
 
 
-def check_classifier(role: str, model: keras.Model) -> None:
-    """Raises `InputError` unless a teacher or student is functional and gives logits `[B, C]`."""
-    check_graph(role, model)
-    outputs = model.outputs
-    if len(outputs) != 1 or len(outputs[0].shape) != 2 or outputs[0].shape[-1] is None:
-        shapes = ", ".join(str(tuple(output.shape)) for output in outputs)
-        raise InputError(
-            f"{role}: '{model.name}' gives {shapes}, but should give logits [B, C] alone."
-        )
-    last = producer(outputs[0])
-    while isinstance(last, keras.Model):
-        last = producer(last.outputs[0])
-    activation = getattr(getattr(last, "activation", None), "__name__", "")
-    layer = f"{role}.get_layer('{last.name}')"
-    if isinstance(last, keras.layers.Softmax):
-        ending = "softmax"
-        advice = f"Take the layer off: {role} = keras.Model({role}.input, {layer}.input)."
-    elif activation in ("softmax", "log_softmax", "sigmoid"):
-        ending = activation
-        advice = f"Make it linear: {layer}.activation = keras.activations.linear."
-    else:
-        return
-    raise InputError(
-        f"{role}: '{model.name}' ends in a {ending} (layer '{last.name}'), where logits are "
-        f"expected. {advice}"
-    )
+class Tapped(NamedTuple):
+    """A model with the feature maps of some of its layers.
+
+    Attributes:
+        model: The model that was given, or one with the same layers, inputs and outputs.
+        tensors: The feature maps, in its graph.
+        masks: For each of them what `mask_of` gives: bool, of the map's positions, or None.
+    """
+
+    model: keras.Model
+    tensors: list[Any]
+    masks: list[Any]
 
 
 def check_graph(field: str, model: keras.Model) -> None:
@@ -54,35 +69,6 @@ def check_graph(field: str, model: keras.Model) -> None:
         )
 
 
-def check_pair(teacher: keras.Model, student: keras.Model) -> None:
-    """Raises `InputError` unless the models agree in classes and inputs and share no weights."""
-    classes = [model.outputs[0].shape[-1] for model in (teacher, student)]
-    if classes[0] != classes[1]:
-        raise InputError(
-            f"teacher: '{teacher.name}' gives {classes[0]} logits, student '{student.name}' "
-            f"{classes[1]}. They should have the same classes."
-        )
-    shapes = [[tuple(x.shape[1:]) for x in model.inputs] for model in (teacher, student)]
-    alike = len(shapes[0]) == len(shapes[1]) and all(
-        len(a) == len(b) and all(m == n or None in (m, n) for m, n in zip(a, b, strict=True))
-        for a, b in zip(*shapes, strict=True)
-    )
-    if not alike:
-        taken = [", ".join(map(str, of_model)) for of_model in shapes]
-        raise InputError(
-            f"teacher: '{teacher.name}' takes {taken[0]}, student '{student.name}' {taken[1]}. "
-            "They should take the same inputs."
-        )
-    frozen = {id(variable) for variable in teacher.variables}
-    for layer in flat_layers(student)[1:]:
-        if any(id(variable) in frozen for variable in layer.variables):
-            raise InputError(
-                f"teacher: '{teacher.name}' and the student share the weights of layer "
-                f"'{layer.name}'. The teacher is frozen: give it weights of its own "
-                "(keras.models.clone_model, set_weights)."
-            )
-
-
 def precision(student: keras.Model) -> keras.dtype_policies.DTypePolicy:
     """Returns a student's dtype policy, or that of a layer in float16, which needs loss scaling."""
     for layer in flat_layers(student)[1:]:
@@ -91,92 +77,70 @@ def precision(student: keras.Model) -> keras.dtype_policies.DTypePolicy:
     return student.dtype_policy
 
 
-def layer_names(model: keras.Model) -> list[str]:
-    """Returns the names of a model's layers, those of nested models as `outer/inner`."""
-    names = []
-    for layer in model.layers:
-        names.append(layer.name)
-        if has_graph(layer):
-            names += [f"{layer.name}/{name}" for name in layer_names(layer)]
-    return names
+def tap(field: str, model: keras.Model, names: Iterable[Any]) -> Tapped:
+    """Returns a model and, in its graph, the feature maps of its named layers.
 
+    The model is the one given, unless a name or a mask is inside a nested model, which is opened
+    then. An opened model shares all layers with the model given. Its outputs are the same, in the
+    same structure.
 
-def check_names(field: str, model: keras.Model, names: Iterable[str]) -> None:
-    """Raises `InputError` unless all of `names`, which `field` held, are those of layers."""
-    known = layer_names(model)
-    for name in names:
-        if name not in known:
-            raise unknown_name(field, name, known)
+    Args:
+        field: The argument that held the names.
+        model: A functional or Sequential model.
+        names: Names as in `naming.py`. Without any it may be the masks of the outputs that a nested
+            model is opened for.
 
+    Returns:
+        `Tapped`. The maps are floats of one of the shapes `[B, D]`, `[B, T, D]`, `[B, H, W, C]` and
+        `[B, D, H, W, C]`, or channels first. The channels are known, the other sizes may not be.
 
-def names_inside(layer: keras.layers.Layer, names: Iterable[str]) -> list[str]:
-    """Returns those of `names` that reach into a nested model, as that model knows them."""
-    prefix = f"{layer.name}/"
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-
-
-def has_graph(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer is a model whose own layers can be seen."""
-    outputs = getattr(layer, "outputs", None) or [None]
-    return isinstance(layer, keras.Model) and isinstance(outputs[0], keras.KerasTensor)
-
-
-def tap(
-    field: str, model: keras.Model, names: Iterable[str]
-) -> tuple[keras.Model, list[keras.KerasTensor]]:
-    """Returns a model with one output, and the feature maps of its named layers in its graph.
-
-    It is the model given, unless a name reaches into a nested model (`outer/inner`), which is
-    opened then. It shares all layers with the model given.
+    Raises:
+        InputError: A name means no layer or several, or a layer gives something else.
     """
     names = list(names)
-    check_names(field, model, names)
-    if any("/" in name for name in names):
-        model, found = _open_nested(model, names)
-    else:
-        found = _outputs_by_layer(model)
-    return model, [_check_feature_map(field, name, found.get(name, [])) for name in names]
+    places = find(field, model, names)
+    ends = [*places, *map(Place, model.outputs)]
+    graph = Graph(*ends)
+    masks = [masked for end in ends if (masked := _masked(graph, end)) and masked.calls]
+    wanted = [_Wanted(place, is_mask=False) for place in places]
+    opened, tensors = _open(model, wanted + [_Wanted(masked, is_mask=True) for masked in masks])
+    tensors = tensors[: len(names)]
+    for name, tensor in zip(names, tensors, strict=True):
+        _check_feature_map(field, name, tensor)
+    return Tapped(opened, tensors, [mask_of(tensor) for tensor in tensors])
 
 
-def last_feature_map(model: keras.Model) -> keras.KerasTensor:
-    """Returns the last feature map before the pooling, as a symbolic tensor of the model's graph.
+def mask_of(tensor: keras.KerasTensor) -> keras.KerasTensor | None:
+    """Returns the mask that counts for a feature map, in the same graph, or None.
 
-    That is, going back from the logits, the first tensor that has more than one position
-    (`[B, H, W, C]` or `[B, T, D]`). In a model without any it is the input of the last layer.
+    That is the map's own, which its layer has passed on or made, or else that of the nearest tensor
+    before it that has one: an operation such as `x + y` and many layers lose it. It counts if it
+    has a value for each of the map's positions. In a nested model it is reached where `tap` opened
+    the model.
+
+    Args:
+        tensor: A symbolic tensor, `[B, T, D]` for instance.
+
+    Returns:
+        A symbolic tensor, bool `[B, T]`, False at padded positions.
     """
-    tensors = backwards(model.outputs[0])
-    for tensor in tensors[1:]:
-        positions = [size for size in _positions(tensor) if size != 1]
-        if positions and not isinstance(producer(tensor), keras.layers.InputLayer):
-            break
-    else:
-        tensor = tensors[min(1, len(tensors) - 1)]
-    return _check_feature_map("teacher_layer", producer(tensor).name, [tensor])
+    place = Place(tensor)
+    masked = _masked(Graph(place), place)
+    if masked is None:
+        return None
+    mask = symbolic_mask(masked.tensor)
+    for call in reversed(masked.calls):
+        outputs = zip(producer(call).outputs, outputs_of(call), strict=True)
+        mask = next((outer for inner, outer in outputs if inner is mask), None)
+    return mask if mask is not None and _has_positions_of(tensor, mask) else None
 
 
 def channels_last(tensor: keras.KerasTensor) -> keras.KerasTensor:
     """Returns a symbolic feature map with its channels moved to the last axis."""
     rank = len(tensor.shape)
-    if rank == 2 or _data_format(tensor) == "channels_last":
+    if rank == 2 or data_format(tensor) == "channels_last":
         return tensor
     return keras.layers.Permute((*range(2, rank), 1), dtype=tensor.dtype)(tensor)
-
-
-def backwards(
-    *tensors: keras.KerasTensor,
-    through: Callable[[keras.KerasTensor], bool] = lambda tensor: True,
-) -> list[keras.KerasTensor]:
-    """Returns the tensors from which some are computed, themselves first, nearest first.
-
-    `through` says of a tensor whether to go on to what it is computed from.
-    """
-    order, seen = [*tensors], {id(tensor) for tensor in tensors}
-    for current in order:  # grows while it is walked: breadth first
-        for earlier in call_of(current)[0] if through(current) else ():
-            if id(earlier) not in seen:
-                seen.add(id(earlier))
-                order.append(earlier)
-    return order
 
 
 def rebuild(
@@ -191,81 +155,117 @@ def rebuild(
     return keras.models.clone_model(functional, clone_function=copy, call_function=call)
 
 
-# What a transposition from one layout to the other gives.
-_LAYOUTS = {(2, 3, 1): "channels_last", (3, 1, 2): "channels_first"}
+class _Wanted(NamedTuple):
+    place: Place
+    is_mask: bool  # the mask of the place is wanted, rather than its tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self.place.key, self.is_mask)
 
 
-def _data_format(tensor: keras.KerasTensor) -> str:
-    """Returns the layout of a map: that of the nearest layer before it which has one."""
-    rank = len(tensor.shape)
-    for earlier in backwards(tensor):
-        if len(earlier.shape) != rank:
-            break  # the layout on the other side of a reshape says nothing here
-        layer = producer(earlier)
-        if isinstance(layer, keras.layers.Permute) and tuple(layer.dims) in _LAYOUTS:
-            return _LAYOUTS[tuple(layer.dims)]
-        data_format = getattr(layer, "data_format", None)
-        if data_format in ("channels_first", "channels_last"):
-            return data_format
-    return keras.config.image_data_format() if rank == 4 else "channels_last"
+def _open(model: Any, wanted: list[_Wanted]) -> tuple[Any, list[Any]]:
+    """Returns a model in whose graph there is what is wanted of another one, and these tensors.
+
+    A nested model with such a place inside is replaced by a twin, which has the same layers and
+    gives the tensors beside its own outputs.
+    """
+    inside: dict[int, dict[Any, _Wanted]] = {}  # by nested model, as that model knows its places
+    for (tensor, calls), is_mask in wanted:
+        if calls:
+            inner = _Wanted(Place(tensor, calls[1:]), is_mask)
+            inside.setdefault(id(producer(calls[0])), {})[inner.key] = inner
+    twins: dict[int, Any] = {}
+    given: dict[int, dict[Any, Any]] = {}  # by an output of a twin: the tensors that it gave beside
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(layer) not in inside:
+            return layer(*args, **kwargs)
+        if id(layer) not in twins:
+            opened, tensors = _open(layer, list(inside[id(layer)].values()))
+            twins[id(layer)] = keras.Model(
+                input_structure(opened), [output_structure(opened), tensors], name=layer.name
+            )
+        outputs, tensors = twins[id(layer)](*args, **kwargs)
+        beside = dict(zip(inside[id(layer)], tensors, strict=True))
+        given.update((id(output), beside) for output in keras.tree.flatten(outputs))
+        return outputs
+
+    opened = rebuild(model, lambda layer: layer, call) if inside else model
+    counterparts = _counterparts(model, opened)
+    found = []
+    for (tensor, calls), is_mask in wanted:
+        if calls:
+            beside = given[id(counterparts[id(calls[0])])]
+            found.append(beside[_Wanted(Place(tensor, calls[1:]), is_mask).key])
+        else:
+            own = counterparts[id(tensor)]
+            found.append(symbolic_mask(own) if is_mask else own)
+    return opened, found
 
 
-def _positions(tensor: keras.KerasTensor) -> tuple[int | None, ...]:
-    rank = len(tensor.shape)
-    if rank not in (3, 4):
-        return ()
-    return tensor.shape[1:-1] if _data_format(tensor) == "channels_last" else tensor.shape[2:]
-
-
-def _outputs_by_layer(model: keras.Model) -> dict[str, list[keras.KerasTensor]]:
-    found: dict[str, list[keras.KerasTensor]] = {}
-    for tensor in backwards(model.outputs[0]):
-        found.setdefault(producer(tensor).name, []).append(tensor)
+def _counterparts(model: keras.Model, rebuilt: keras.Model) -> dict[int, Any]:
+    """Returns the tensors of a rebuilt graph by the ids of those that they take the place of."""
+    found: dict[int, Any] = {}
+    pairs = list(zip(model.outputs, rebuilt.outputs, strict=True))
+    for old, new in pairs:  # grows while it is walked
+        if id(old) not in found:
+            # A twin gives more.
+            both = zip(outputs_of(old), outputs_of(new), strict=False)
+            found.update((id(one), other) for one, other in both)
+            pairs += zip(call_of(old)[0], call_of(new)[0], strict=True)
     return found
 
 
-def _open_nested(
-    model: keras.Model, names: list[str]
-) -> tuple[keras.Model, dict[str, list[keras.KerasTensor]]]:
-    """Rebuilds the graph so that every nested model with a named layer gives its output too."""
-    found: dict[str, list[keras.KerasTensor]] = {}
-
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = names_inside(layer, names)
-        if not inner:
-            output = layer(*args, **kwargs)
-            if not isinstance(output, (list, tuple, dict)):
-                found.setdefault(layer.name, []).append(output)
-            return output
-        opened, tensors = layer, _outputs_by_layer(layer)
-        if any("/" in name for name in inner):
-            opened, tensors = _open_nested(layer, inner)
-        taps = {name: tensors.get(name, []) for name in inner}
-        twin = keras.Model(input_structure(opened), [opened.outputs[0], taps], name=layer.name)
-        output, tapped = twin(*args, **kwargs)
-        found.setdefault(layer.name, []).append(output)
-        for name, values in tapped.items():
-            found.setdefault(f"{layer.name}/{name}", []).extend(values)
-        return output
-
-    return rebuild(model, lambda layer: layer, call), found
+def _check_feature_map(field: str, name: str, tensor: keras.KerasTensor) -> None:
+    shape = tuple(tensor.shape)
+    if 2 <= len(shape) <= 5 and "float" in tensor.dtype:
+        channels = shape[-1] if data_format(tensor) == "channels_last" else shape[1]
+        if channels is not None:
+            return
+    raise InputError(
+        f"{field}: layer '{name}' has no usable feature map: it gives {tensor.dtype} {shape}, "
+        "where floats [B, D], [B, T, D], [B, H, W, C] or [B, D, H, W, C], or channels first, are "
+        "expected, with a fixed number of channels."
+    )
 
 
-def _check_feature_map(
-    field: str, name: str, tensors: list[keras.KerasTensor]
-) -> keras.KerasTensor:
-    if len(tensors) != 1:
-        times = f"is called {len(tensors)} times" if tensors else "does not lead to the logits"
-        reason = f"it {times} in the graph"
-    elif isinstance(producer(tensors[0]), keras.layers.InputLayer):
-        reason = "it is the input"
-    else:
-        (tensor,) = tensors
-        shape = tuple(tensor.shape)
-        if len(shape) in (2, 3, 4) and None not in shape[1:] and "float" in tensor.dtype:
-            return tensor
-        reason = (
-            f"it gives {tensor.dtype} {shape}, where [B, H, W, C], [B, C, H, W], [B, T, D] or "
-            "[B, D] of floats with fixed sizes is expected"
-        )
-    raise InputError(f"{field}: layer '{name}' has no usable feature map: {reason}.")
+def _masked(graph: Graph, place: Place) -> Place | None:
+    """Returns the nearest place, at or before one, whose own mask has the same positions."""
+    number = graph.number(place)
+    sizes = graph.positions(number)
+    # The positions of a vector are none, and so are those of its mask.
+    near = graph.back_from(
+        [number] if sizes else [], through=lambda other: _agree(graph.positions(other), sizes)
+    )
+    for other in near:
+        mask = symbolic_mask(graph.places[other].tensor)
+        if mask is not None and _agree(mask.shape[1:], sizes):
+            return graph.places[other]
+    return None
+
+
+def _agree(sizes: Sequence[int | None], others: Sequence[int | None]) -> bool:
+    # A nested model may know less than the one around it.
+    return len(sizes) == len(others) and all(
+        a == b or None in (a, b) for a, b in zip(sizes, others, strict=True)
+    )
+
+
+def _has_positions_of(tensor: keras.KerasTensor, mask: keras.KerasTensor) -> bool:
+    """Returns whether a mask has a map's positions, also where their number is not known yet."""
+    layout = data_format(tensor)
+    sizes = positions(tensor.shape, layout)
+    if sizes != tuple(mask.shape[1:]) or None not in sizes:
+        return sizes == tuple(mask.shape[1:])
+    inputs = [earlier for earlier in backwards(tensor, mask) if not call_of(earlier)[0]]
+    shapes = [[None, *(size or _ANY_SIZE for size in each.shape[1:])] for each in inputs]
+    sized = [
+        keras.KerasTensor(shape, dtype=each.dtype)
+        for shape, each in zip(shapes, inputs, strict=True)
+    ]
+    try:
+        spec, of_mask = keras.Function(inputs, [tensor, mask]).compute_output_spec(sized)
+    except Exception:  # whatever a layer of the user's raises: it may not take this size
+        return True
+    return positions(spec.shape, layout) == tuple(of_mask.shape[1:])

@@ -33,6 +33,39 @@ def call_of(tensor: keras.KerasTensor) -> tuple[list[keras.KerasTensor], dict[st
     return node.input_tensors, node.arguments.kwargs
 
 
+def call_index(tensor: keras.KerasTensor) -> int:
+    """Returns the number of the call that computed a tensor, among all calls of the layer."""
+    return tensor._keras_history.node_index
+
+
+def output_index(tensor: keras.KerasTensor) -> int:
+    """Returns the place of a tensor among all that were computed with it, `outputs_of` it."""
+    return tensor._keras_history.tensor_index
+
+
+def outputs_of(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
+    """Returns all tensors that the call gave that computed a tensor, in flattened order."""
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index].outputs
+
+
+def arguments_of(tensor: keras.KerasTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of the call that computed a tensor, in their structure."""
+    history = tensor._keras_history
+    arguments = history.operation._inbound_nodes[history.node_index].arguments
+    return arguments.args, arguments.kwargs
+
+
+def symbolic_mask(tensor: keras.KerasTensor) -> keras.KerasTensor | None:
+    """Returns the mask that Keras has attached to a symbolic tensor, if any.
+
+    A layer that masks, such as `Embedding(mask_zero=True)`, attaches one. Keras shows it to the
+    layers that are called with the tensor, and to nobody else.
+    """
+    mask = getattr(tensor, "_keras_mask", None)
+    return mask if isinstance(mask, keras.KerasTensor) else None
+
+
 def input_structure(model: keras.Model) -> Any:
     """Returns a model's symbolic inputs in the structure that it is called with.
 
@@ -53,6 +86,14 @@ def flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 # Training.
+
+
+def compiled_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+    """Returns what `compile(loss=...)` asks for of all outputs, a scalar.
+
+    The public `compute_loss` adds the losses of layers, such as regularisers.
+    """
+    return model._compile_loss(y, y_pred, sample_weight)
 
 
 def metric_value(model: keras.Model, variable: keras.Variable) -> np.ndarray:

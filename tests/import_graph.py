@@ -13,8 +13,10 @@ import grimp
 FLOORS = {
     "ground": ("_lazy", "checks", "errors", "files", "progress", "startup"),
     "method": (
-        "distiller", "folding", "graph", "heads", "keras_internals", "labels", "losses",
-        "optimizers", "teacher", "tracing", "weighting",
+        "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
+        "freezing", "graph", "heads", "inputs", "keras_internals", "labels", "layer_table",
+        "losses", "maps", "naming", "objective", "optimizers", "pairing", "teacher", "term_means",
+        "terms", "tracing", "walking", "weighting",
     ),
     "parts": ("callbacks", "data", "drawing", "export", "models"),
     "report": ("report",),

@@ -20,8 +20,10 @@ ROOT = Path(dskd_keras.__file__).parent.parent
 
 GROUND = ["_lazy", "checks", "errors", "progress"]
 CORE = [
-    "distiller", "folding", "graph", "heads", "keras_internals", "labels", "losses", "optimizers",
-    "teacher", "tracing", "weighting",
+    "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
+    "freezing", "graph", "heads", "inputs", "keras_internals", "labels", "losses", "maps", "naming",
+    "objective", "optimizers", "pairing", "teacher", "term_means", "terms", "tracing", "walking",
+    "weighting",
 ]  # fmt: skip
 
 

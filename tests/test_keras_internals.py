@@ -51,6 +51,25 @@ def inbound_nodes():
     for tensor, (source, training) in {first: (inputs, None), second: (first, True)}.items():
         (used,), arguments = keras_internals.call_of(tensor)
         assert used is source and arguments.get("training") is training
+        (used,), arguments = keras_internals.arguments_of(tensor)
+        assert used is source and arguments.get("training") is training
+        assert keras_internals.outputs_of(tensor) == [tensor]
+    assert [keras_internals.call_index(tensor) for tensor in (first, second)] == [0, 1]
+    inner = two_ended()
+    outputs = inner({name: keras.Input((3,)) for name in ("a", "b")})
+    flat = [outputs[name] for name in ("once", "twice")]
+    assert keras_internals.outputs_of(flat[0]) == flat
+    assert [keras_internals.output_index(tensor) for tensor in flat] == [0, 1]
+    (passed,), _ = keras_internals.arguments_of(flat[0])
+    assert set(passed) == {"a", "b"}
+
+
+@private("keras.KerasTensor._keras_mask")
+def keras_mask():
+    tokens = keras.Input((5,), dtype="int32")
+    mask = keras_internals.symbolic_mask(layers.Embedding(9, 2, mask_zero=True)(tokens))
+    assert mask.shape == (None, 5) and mask.dtype == "bool"
+    assert keras_internals.symbolic_mask(layers.Embedding(9, 2)(tokens)) is None
 
 
 @private("keras.Model._inputs_struct")
@@ -77,6 +96,17 @@ def flatten_layers():
     model = keras.Sequential([keras.Input((4, 3)), nested])
     found = keras_internals.flat_layers(model)
     assert found[0] is model and {nested, inner} <= set(found)
+
+
+@private("keras.Model._compile_loss")
+def compile_loss():
+    inputs = keras.Input((2,))
+    outputs = [layers.Dense(1, kernel_regularizer="l2", name=name)(inputs) for name in ("a", "b")]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", loss=["mse", "mae"], loss_weights=[1.0, 10.0])
+    y, y_pred = [np.zeros((2, 1))] * 2, [np.full((2, 1), 3.0, "float32")] * 2
+    # Without the layers' own losses.
+    assert float(keras_internals.compiled_loss(model, y, y_pred, None)) == 9.0 + 30.0
 
 
 def values_in_fit(sync):
