@@ -17,6 +17,7 @@ from dskd_keras import (
     heads,
     keras_internals,
     labels,
+    naming,
     objective,
     pairing,
 )
@@ -51,13 +52,17 @@ class Targets(NamedTuple):
     teacher: Any
 
 
-def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets an `InputError` raised within a step leave without what the backend puts around it."""
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets an `InputError` raised within a step leave without what the backend puts around it.
+
+    Whatever is raised, the variables keep their values.
+    """
 
     @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: "Distiller", *args: Any, **kwargs: Any) -> Any:
         try:
-            return method(*args, **kwargs)
+            with keras_internals.values_kept(self):
+                return method(self, *args, **kwargs)
         except Exception as error:
             cause: BaseException | None = error
             innermost = None
@@ -65,6 +70,12 @@ def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
                 if isinstance(cause, InputError):
                     innermost = cause
                 cause = cause.__cause__ or cause.__context__
+            if innermost is None and str(error).startswith("When passing a Python generator"):
+                # Keras shows the whole batch.
+                raise InputError(
+                    "x: the generator should give tuples (x, y) or (x, y, sample_weight). Keras "
+                    "takes neither dicts nor lists as batches."
+                ) from None
             if innermost is None or innermost is error:
                 raise
             raise InputError(*innermost.args) from None
@@ -330,8 +341,12 @@ class Distiller(keras.Model):
     def _names(self, names: Any) -> tuple[str, ...]:
         if isinstance(names, str) and names == "auto":
             return tuple(graph.auto_student_layers(self.student, self._output.index))
-        names = (names,) if isinstance(names, str) else tuple(names or ())
-        graph.check_names("student_layers", self.student, names)
+        if isinstance(names, (str, keras.Operation)):
+            names = (names,)
+        if not isinstance(names, Iterable):
+            raise wrong("student_layers", names, "a list of names of layers")
+        names = tuple(names)
+        naming.find("student_layers", self.student, names)
         if len(set(names)) != len(names):
             raise wrong("student_layers", list(names), "a list that names each layer once")
         return names
@@ -372,7 +387,7 @@ class Distiller(keras.Model):
             raise InputError("targets: no term of this distiller needs a teacher.")
         return Targets(y, self.teacher.predict(x, batch_size=batch_size))
 
-    @_in_one_line
+    @_guarded
     def fit(
         self,
         x: Any = None,
@@ -393,9 +408,9 @@ class Distiller(keras.Model):
                 it takes or are outside the classes, or a batch is not what the models take.
         """
         self._check_compiled()
-        self._check_arrays(x, y)
         if kwargs.get("class_weight") is not None:
             self._check_class_weight(x, y)
+        self._check_arrays(x, y)
         if y is None and kwargs.get("sample_weight") is not None:
             # Without any `y` Keras drops the weights and says nothing.
             y = Targets(None, None)
@@ -409,24 +424,27 @@ class Distiller(keras.Model):
                 callbacks.append(ProgressLine())
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
 
-    @_in_one_line
+    @_guarded
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the student alone on labelled data, as `keras.Model.evaluate`."""
-        return super().evaluate(*args, **kwargs)
+        results = super().evaluate(*args, **kwargs)
+        self.check_labels_seen()
+        return results
 
-    @_in_one_line
+    @_guarded
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the student's outputs, as `keras.Model.predict`."""
         return super().predict(*args, **kwargs)
 
-    @_in_one_line
+    @_guarded
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Trains on one batch, as `keras.Model.train_on_batch`."""
+        self._check_compiled()
         logs = super().train_on_batch(*args, **kwargs)
         self.check_labels_seen()
         return logs
 
-    @_in_one_line
+    @_guarded
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates one batch, as `keras.Model.test_on_batch`."""
         return super().test_on_batch(*args, **kwargs)
@@ -465,10 +483,12 @@ class Distiller(keras.Model):
             return self._training_loss(y, y_pred, sample_weight)
         # Evaluation, and the symbolic build before training.
         label = y.label if isinstance(y, Targets) else y
-        if self.loss is not None and label is not None:
-            self._objective.check_labels(self.loss, label, y_pred)
         if self.loss is None or label is None:
             return ops.zeros(()) + sum(ops.sum(loss) for loss in self.losses)
+        checked = self._objective.labels(self.loss, label, y_pred)
+        if checked is not None and checked.outside is not None:
+            self._term_means.count_wrong_labels(checked.outside)
+            label = checked.values if self._output.is_alone else label
         return super().compute_loss(x, label, y_pred, _of_image(sample_weight), training)
 
     def _training_loss(self, targets: Targets, outputs: heads.Outputs, sample_weight: Any) -> Any:
@@ -670,8 +690,8 @@ class Distiller(keras.Model):
         """Checks what `fit` got, where it is arrays. A stream is checked in its first step."""
         label = y.label if isinstance(y, Targets) else y
         if isinstance(keras.tree.flatten(x)[0] if x is not None else None, np.ndarray):
-            self._check_label_is_there(label)
             self._of_student(x)
+            self._check_label_is_there(label)
         if isinstance(y, Targets) and y.teacher is not None:
             self._check_teacher_outputs(y.teacher)
         label = self._output.of(label)

@@ -1,12 +1,12 @@
 """Makes of what a user gives as teacher what a training step runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 
-from dskd_keras import ensemble, graph, pairing
+from dskd_keras import ensemble, graph, naming, pairing
 from dskd_keras.ensemble import Ensemble
 from dskd_keras.errors import InputError, wrong
 from dskd_keras.pairing import DistilledOutput
@@ -72,6 +72,8 @@ def freeze(
             _check_classes(model, student, output, settings)
     layer = settings.teacher_layer
     if layer is not None and not isinstance(layer, str):
+        if isinstance(layer, keras.Operation) or not isinstance(layer, Iterable):
+            naming.find("teacher_layer", models[0], [layer])  # which says what it should be
         layer = list(layer)
         if len(layer) != len(layers):
             rule = f"one name, or a list of {len(layers)}, one for each student layer"

@@ -4,6 +4,8 @@ Each function here says what the private name is needed for: Keras has no public
 tests in `tests/test_keras_internals.py` name the one that a new version of Keras has taken away.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -86,6 +88,34 @@ def flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 # Training.
+
+
+@contextlib.contextmanager
+def values_kept(model: keras.Model) -> Iterator[None]:
+    """A context in which an error leaves the variables of a JAX model their values.
+
+    Keras takes them out of the variables for `fit`, `evaluate` and `predict`, and puts them back at
+    the end. After an error it doesn't: what is read then are new initial values, without a word.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    before = getattr(model, "_jax_state", None)
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
+    variables += model.metrics_variables
+    variables += getattr(getattr(model, "optimizer", None), "variables", [])
+    values = [variable.value for variable in variables]
+    try:
+        yield
+    except BaseException:
+        state = getattr(model, "_jax_state", None)
+        if state is not None and state is not before:
+            model.jax_state_sync()  # a step was done
+        else:
+            for variable, value in zip(variables, values, strict=True):
+                if not value.is_deleted():
+                    variable.assign(value)
+        raise
 
 
 def compiled_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> Any:

@@ -97,11 +97,11 @@ def mean_over_positions(x: Any, mask: Any = None) -> Any:
     """Returns the average of a map `[B, *positions, C]` over its positions, `[B, C]`.
 
     With a mask `[B, *positions]`, booleans or weights, it is the average over the valid positions,
-    by weight, and zero where there are none. A map `[B, C]` is returned as it is.
+    by weight, and zero where there are none. A map `[B, C]` is its own average.
     """
     axes = tuple(range(1, len(x.shape) - 1))
     if not axes:
-        return x
+        return x if mask is None else zeroed(x, mask)
     if mask is None:
         return ops.mean(x, axis=axes)
     weights = _weights(mask, x)

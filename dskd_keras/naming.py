@@ -78,11 +78,7 @@ def find(field: str, model: keras.Model, names: Iterable[Any]) -> list[Place]:
     by_name = {str(one): one for one in named}
     found = []
     for name in names:
-        if isinstance(name, keras.Operation):
-            kind = _with_article(type(name).__name__)
-            raise InputError(f"{field}: {kind}, where its name, '{name.name}', is expected.")
-        if not isinstance(name, str):
-            raise wrong(field, name, "the name of a layer")
+        _check_is_name(field, name)
         if name not in by_name:
             raise _not_found(field, name, named)
         if by_name[name].is_input:
@@ -91,7 +87,7 @@ def find(field: str, model: keras.Model, names: Iterable[Any]) -> list[Place]:
     return found
 
 
-def check_names(field: str, model: keras.Model, names: Iterable[str]) -> None:
+def check_names(field: str, model: keras.Model, names: Iterable[Any]) -> None:
     """Raises `InputError` unless all of `names`, which `field` held, are those of layers.
 
     A layer with several calls or outputs may be named as a whole.
@@ -100,8 +96,9 @@ def check_names(field: str, model: keras.Model, names: Iterable[str]) -> None:
     known = {str(one) for one in named}
     known |= {"/".join(part.layer for part in one.parts) for one in named}
     for name in names:
+        _check_is_name(field, name)
         if name not in known:
-            raise unknown_name(field, name, layer_names(model))
+            raise _not_found(field, name, named)
 
 
 def names_inside(layer: Any, names: Iterable[str]) -> list[str]:
@@ -121,6 +118,14 @@ def listed(names: Sequence[str]) -> str:
     if len(names) > _MOST_CHOICES:
         return f"{', '.join(shown)}, … ({len(names)} in all)"
     return " or ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+
+
+def _check_is_name(field: str, name: Any) -> None:
+    if isinstance(name, keras.Operation):
+        kind = _with_article(type(name).__name__)
+        raise InputError(f"{field}: {kind}, where its name, '{name.name}', is expected.")
+    if not isinstance(name, str):
+        raise wrong(field, name, "the name of a layer")
 
 
 def _named(

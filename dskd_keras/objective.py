@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from dskd_keras import ensemble, heads, labels, losses, terms
+from dskd_keras import ensemble, heads, losses, terms
 from dskd_keras.coefficients import Coefficients
 from dskd_keras.ensemble import Ensemble
 from dskd_keras.errors import InputError
@@ -82,12 +82,22 @@ class Objective:
         if compares and self.strategies.prediction_loss is None:
             terms.divergence(self._output.of(compiled), self._output.classes)
 
-    def check_labels(self, compiled: Any, label: Any, outputs: Any) -> None:
-        """Raises `InputError` where labels don't have the shape that the compiled loss takes."""
+    def labels(self, compiled: Any, label: Any, outputs: Any) -> Labels | None:
+        """Returns the labels of the distilled output, None where there are none.
+
+        Args:
+            compiled: What `compile(loss=...)` got.
+            label: The labels, in the structure of the student's outputs.
+            outputs: The student's outputs.
+
+        Raises:
+            InputError: The labels don't have the shape that the compiled loss takes.
+        """
         logits = keras.tree.flatten(outputs)[0 if self._output.is_alone else self._output.index]
-        compiled = self._output.of(compiled)
-        if compiled is not None:
-            labels.check_shape(self._output.of(label), logits, compiled)
+        compiled, label = self._output.of(compiled), self._output.of(label)
+        if compiled is None or label is None:
+            return None
+        return Labels(label, logits, compiled)
 
     def __call__(
         self,
@@ -114,12 +124,14 @@ class Objective:
         of_logits = None
         if label is not None and compiled is not None:
             of_logits = Labels(label, logits, compiled)
+        sample_weight = self._output.of(sample_weight)
+        terms.check_sample_weight(sample_weight, logits)
         masks = _masks(outputs, teacher)
         valid = None if of_logits is None else of_logits.valid
         if len(logits.shape) > 2:
             valid = both(valid, masks.get("logits"))
         numbers = self._coefficients.in_step()
-        found = Terms(self._layers, self._output.of(sample_weight), valid)
+        found = Terms(self._layers, sample_weight, valid)
         if self.kinds["label"] and self._output.is_alone:
             assert of_logits is not None
             found.add("label_loss", numbers["label_weight"], of_logits.loss(logits))

@@ -71,10 +71,11 @@ class FrozenTeacher:
         self.layer = layer if isinstance(layer, str) or layer is None else names
         outputs: dict[str, Any] = {}
         self.feature_names, self.feature_shapes = [], {}
-        opened = model
+        names = names if features else []
+        # Without names, too: the mask of dense logits may be inside a nested model.
+        tapped = graph.tap("teacher_layer", model, list(dict.fromkeys(names)))
+        opened = tapped.model
         if features:
-            tapped = graph.tap("teacher_layer", model, list(dict.fromkeys(names)))
-            opened = tapped.model
             maps = dict(zip(dict.fromkeys(names), zip(*tapped[1:], strict=True), strict=True))
             for name in names:
                 key = "features" if isinstance(layer, str) else f"features/{name}"

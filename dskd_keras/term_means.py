@@ -53,7 +53,11 @@ class TermMeans(keras.metrics.Metric):
         self.images.assign_add(batch_size)
         self.last_step.assign(ops.append(values, batch_size))
         if wrong_labels is not None:
-            self.wrong_labels.assign_add(ops.cast(wrong_labels, self.dtype))
+            self.count_wrong_labels(wrong_labels)
+
+    def count_wrong_labels(self, count: Any) -> None:
+        """Adds to the labels that no class or range allows."""
+        self.wrong_labels.assign_add(ops.cast(count, self.dtype))
 
     def result(self) -> dict[str, Any]:
         """Returns the means by name."""

@@ -228,6 +228,24 @@ def feature_values(
     return terms.of_images(values, of_images if mask is None else mask)
 
 
+def check_sample_weight(sample_weight: Any, logits: Any) -> None:
+    """Raises `InputError` unless weights are one an image, or one a position of dense logits."""
+    if sample_weight is None:
+        return
+    shape, positions = list(sample_weight.shape), list(logits.shape[1:-1])
+    if len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 1 and (
+        len(shape) - 1 != len(positions)
+        or any(None not in (a, b) and a != b for a, b in zip(shape[1:], positions, strict=True))
+    ):
+        allowed = f"[B] or {['B', *positions]}" if positions else "[B]"
+        raise InputError(
+            f"sample_weight: shape {tuple(sample_weight.shape)} should be {allowed}, one weight an "
+            f"image{' or a position' if positions else ''}."
+        )
+
+
 def check_per_image(field: str, loss: Any, values: Any) -> None:
     """Raises `InputError` where a loss gives one value for the whole batch."""
     if len(getattr(values, "shape", ())) == 0:

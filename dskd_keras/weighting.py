@@ -188,4 +188,12 @@ def renamed(strategy: Weighting, name: str) -> Weighting:
         return Softmax(strategy.temperature, name=name)
     if type(strategy) in _STRATEGIES.values():
         return type(strategy)(name=name)
-    return type(strategy).from_config({**strategy.get_config(), "name": name})
+    try:
+        return type(strategy).from_config({**strategy.get_config(), "name": name})
+    except Exception as error:  # whatever a class of the user's raises
+        cls = type(strategy).__name__
+        raise InputError(
+            f"weighting: {cls} can't be made anew from its get_config, which the distiller does "
+            f"for each kind of loss. Let {cls}.__init__ take **kwargs and hand them to "
+            "super().__init__, and get_config hold its other arguments."
+        ) from error

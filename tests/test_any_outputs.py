@@ -1,9 +1,11 @@
 """Students and teachers with other outputs than the logits of one label an image."""
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
 import small
+from hypothesis import strategies
 from keras import layers
 
 import dskd_keras
@@ -167,6 +169,27 @@ def test_padding_moves_no_number(what):
     assert set(before) == set(after) and len(before) > 8
     for name, value in before.items():
         assert after[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def tagging():
+    teacher, student = tagger("teacher", 7), tagger("student", 4)
+    return dskd_keras.Distiller(teacher, student, ["embed", "block2"], teacher_layer="block2")
+
+
+@pytest.mark.once
+@hypothesis.given(
+    lengths=strategies.lists(strategies.integers(0, 6), min_size=1, max_size=4),
+    padding=strategies.integers(1, 4),
+)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=12)
+def test_any_padding_gives_the_same_loss(tagging, lengths, padding):
+    hypothesis.assume(max(lengths) > 0)
+    before = step(tagging, SPARSE, *tokens(lengths))
+    after = step(tagging, SPARSE, *tokens(lengths, padding))
+    for name, value in before.items():
+        assert np.isfinite(value)
+        assert after[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @small.eagerly()

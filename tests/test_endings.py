@@ -247,6 +247,7 @@ def test_the_softmax_can_be_put_back_and_files_hold_the_twin(tmp_path):
     np.testing.assert_array_equal(run(loaded, x), run(twin, x))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("unbuilt", [False, True])
 def test_sequential_models(unbuilt):
     parts = [layers.Dense(6, name="hidden"), layers.Dense(3), layers.Activation("softmax")]
@@ -272,6 +273,7 @@ def several(x):
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("output", "changed"),
     [
@@ -299,6 +301,7 @@ def test_one_of_several_outputs(output, changed):
         np.testing.assert_allclose(given, before[name], 1e-5, 1e-6)
 
 
+@pytest.mark.once
 def test_outputs_that_are_not_there():
     model, _ = classifier(several)
     for output in ("r", 5, -1, 1.5):
@@ -306,6 +309,7 @@ def test_outputs_that_are_not_there():
             as_logits(model, output)
 
 
+@pytest.mark.once
 def test_an_activation_that_is_used_elsewhere_stays_there():
     shared = layers.Dense(6, activation="softmax", name="shared")
 
@@ -324,6 +328,7 @@ def test_an_activation_that_is_used_elsewhere_stays_there():
     assert len(twin.weights) == len(model.weights)
 
 
+@pytest.mark.once
 def test_parts_of_an_activation_that_are_used_elsewhere_stay_there():
     def end(x):
         log = dense(x, "log_softmax")
@@ -335,6 +340,7 @@ def test_parts_of_an_activation_that_are_used_elsewhere_stay_there():
     np.testing.assert_allclose(of_logits("softmax", after["end"]), before["end"], 1e-5)
 
 
+@pytest.mark.once
 def test_outputs_of_nested_models_are_told_apart():
     def inner(x):
         return [logits(x), dense(x, "softmax"), dense(x, "sigmoid", name="wide", units=5)]
@@ -347,6 +353,7 @@ def test_outputs_of_nested_models_are_told_apart():
         assert getattr(ending(model), "kind", None) == kind
 
 
+@pytest.mark.once
 def test_flags_are_kept():
     model, _ = classifier(lambda x: nested(lambda x: dense(dense(x, name="a"), "softmax"), x))
     inner = model.get_layer("inner")
@@ -398,6 +405,7 @@ LOGITS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", LOGITS)
 def test_logits_are_let_through_without_running_the_model(case):
     end, *shape = LOGITS[case] if isinstance(LOGITS[case], tuple) else (LOGITS[case],)
@@ -513,6 +521,7 @@ COMBINED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", COMBINED)
 def test_combined_probabilities_stay_such(case):
     kind, end, *shape = COMBINED[case]

@@ -239,10 +239,11 @@ def test_mistakes_in_names_are_answered_with_the_names_to_choose_from():
             graph.tap("student_layers", model, [name])
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
     layer = layers.Activation("relu", name="conv1")
-    with pytest.raises(InputError) as error:
-        graph.tap("teacher_layer", model, [layer])
-    expected = "teacher_layer: an Activation layer, where its name, 'conv1', is expected."
-    assert str(error.value) == expected
+    for take in (graph.tap, graph.check_names):
+        with pytest.raises(InputError) as error:
+            take("teacher_layer", model, [layer])
+        expected = "teacher_layer: an Activation layer, where its name, 'conv1', is expected."
+        assert str(error.value) == expected
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -1,7 +1,9 @@
+import hypothesis
 import keras
 import numpy as np
 import pytest
 import small
+from hypothesis import strategies
 from keras import layers
 
 import dskd_keras
@@ -218,3 +220,35 @@ def test_default_heads_are_small():
     with_heads = heads.attach(student, ["stage1", "stage2"], [(8, 8, 64)] * 2)
     # The heads are training's alone, but a step pays for them.
     assert with_heads.count_params() < 1.07 * student.count_params()
+
+
+SIZES = strategies.one_of(strategies.none(), strategies.integers(1, 9))
+MAPS = strategies.tuples(
+    strategies.lists(SIZES, max_size=3).map(tuple), strategies.integers(1, 5)
+).map(lambda shape: (*shape[0], shape[1]))
+
+
+@pytest.mark.once
+@hypothesis.given(own=MAPS, of_teacher=MAPS, dense=strategies.booleans())
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=40)
+def test_any_two_maps_get_a_head_or_an_error_that_names_both(own, of_teacher, dense):
+    inputs = keras.Input(own)
+    x = layers.Dense(4, name="stage1")(inputs)
+    axes = tuple(range(1, len(x.shape) - 1))
+    pooled = x if dense or not axes else keras.ops.mean(x, axis=axes)
+    student = keras.Model(inputs, layers.Dense(3)(pooled), name="student")
+    logits = student.outputs[0].shape
+    try:
+        outputs = heads.attach(student, ["stage1"], [of_teacher]).output
+    except dskd_keras.InputError as error:
+        assert dense and len(own) != len(of_teacher)  # a vector has no logits at positions
+        assert "'stage1'" in str(error) and str(tuple(logits)) in str(error)
+        return
+    projected = outputs.deep_features["stage1"].shape
+    assert projected[-1] == of_teacher[-1]
+    assert len(projected) == (len(own) + 1 if len(own) == len(of_teacher) else 2)
+    known = None not in (*own, *of_teacher)
+    if known and len(own) == len(of_teacher):
+        # The loss pools the larger one, which is never the student's.
+        assert all(a <= b for a, b in zip(projected[1:-1], of_teacher[:-1], strict=True))
+    assert len(outputs.deep_logits["stage1"].shape) == len(logits)

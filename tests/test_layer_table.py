@@ -5,6 +5,8 @@ from keras import layers
 
 from dskd_keras import InputError, graph, layer_table, models
 
+pytestmark = pytest.mark.once  # shapes and names, no values
+
 
 def chain(*parts, shape=(28, 28, 1), name="net"):
     """A classifier of layers one after the other."""
@@ -50,7 +52,6 @@ OF_THE_ZOO = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", OF_THE_ZOO)
 def test_auto_takes_the_last_layer_of_each_resolution(name):
     student = models.create(name, 10, (32, 32, 3))
@@ -117,7 +118,6 @@ def transformer():
     return keras.Model(inputs, layers.Dense(3)(x[:, 0]), name="net")
 
 
-@pytest.mark.once
 def test_where_no_resolution_tells_auto_names_what_could_be_taken():
     perceptron = [layers.Dense(5, name="one"), layers.ReLU(), layers.Dense(4, name="two")]
     cases = {
@@ -163,7 +163,6 @@ def test_shared_weights_are_counted_once():
     assert parameters == {"shared#0": 20, "shared#1": 20, "logits": 35}
 
 
-@pytest.mark.once
 def test_the_summary_shows_the_names_and_what_is_suggested(capsys):
     layer_table.summary(small.convnet("student"))
     printed = capsys.readouterr().out
@@ -179,7 +178,6 @@ def test_the_summary_shows_the_names_and_what_is_suggested(capsys):
     assert names[names.index("stage1") + 1] == "" == names[names.index("stage2") + 1]
 
 
-@pytest.mark.once
 def test_the_summary_says_doubts(capsys):
     layer_table.summary(chain(layers.Dense(3, name="only"), shape=(7,)))
     lines = capsys.readouterr().out.splitlines()

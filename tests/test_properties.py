@@ -34,9 +34,10 @@ plain = st.tuples(st.sampled_from(STEPS), st.integers(0, 59))
 nested_steps = st.tuples(
     st.sampled_from(["nested", "nested twice"]),
     st.integers(0, 59),
-    st.lists(plain, min_size=2, max_size=4),
+    st.lists(plain, min_size=2, max_size=3),
 )
-steps = st.lists(st.one_of(plain, plain, plain, nested_steps), min_size=6, max_size=10)
+kinds = st.sampled_from([*[plain] * 5, nested_steps])
+steps = st.lists(kinds.flatmap(lambda kind: kind), min_size=5, max_size=8)
 graphs = st.tuples(st.sampled_from(list(INPUTS)), steps, st.booleans())
 
 

@@ -1,9 +1,11 @@
 """The documentation: its code runs as it stands, its tables are complete."""
 
+import importlib
 import math
 import re
 from pathlib import Path
 
+import keras
 import pytest
 import small
 
@@ -52,3 +54,33 @@ def test_the_models_are_all_documented():
         model = models.create(name, 100, (32, 32, 3))
         count = sum(math.prod(weight.shape) for weight in model.trainable_weights)
         assert rows[name] == f"{count:,}"
+
+
+OWN_MODELS = (ROOT / "docs" / "own-models.md").read_text()
+
+
+@pytest.mark.once
+def test_the_code_of_own_models_runs(capsys):
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", OWN_MODELS, re.DOTALL)), names)
+    assert "stage1" in capsys.readouterr().out
+    assert names["distiller"].student_layers == ("stage1", "stage2")
+    assert names["distiller"].teacher_layer == "stage3"
+
+
+def test_what_runs_where_is_what_tests_do():
+    column = ["tensorflow", "jax", "torch"].index(keras.backend.backend())
+    rows = re.findall(
+        r"^\| [^|]+ \| (\S+) \| (\S+) \| (\S+) \| `(\w+)\.py::(\w+)\S*` \|$",
+        OWN_MODELS,
+        re.MULTILINE,
+    )
+    assert len(rows) >= 25
+    for *cells, module, name in rows:
+        test = getattr(importlib.import_module(module), name)
+        marks = getattr(test, "pytestmark", [])
+        skipped = any(mark.name == "skipif" and mark.args[0] for mark in marks)
+        skipped |= keras.backend.backend() != "torch" and any(m.name == "once" for m in marks)
+        if "[" not in name:
+            assert (cells[column] == "yes") >= (not skipped) or cells[column] == "–", name
+            assert not (cells[column] == "yes" and skipped), name

@@ -41,7 +41,10 @@ def run(
         export.check_available(format)
     run = Run(config, build.load_data(config, console), console, command)
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
-    build.distiller(run, build.create_teacher(run), build.create_student(run))
+    built = build.distiller(run, build.create_teacher(run), build.create_student(run))
+    if built.teacher_layer is not None and built.student_layers:
+        layers = ", ".join(built.student_layers)
+        run.say(f"The teacher's layer {built.teacher_layer} supervises the student's {layers}.")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.disk_errors_in_one_line(config.folder()))
         for folder in folders.values():
