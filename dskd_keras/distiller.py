@@ -339,7 +339,7 @@ class Distiller(keras.Model):
         self.built = True
 
     def _names(self, names: Any) -> tuple[str, ...]:
-        if isinstance(names, str) and names == "auto":
+        if names in ("auto", ["auto"], ("auto",)):
             return tuple(graph.auto_student_layers(self.student, self._output.index))
         if isinstance(names, (str, keras.Operation)):
             names = (names,)

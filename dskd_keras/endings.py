@@ -75,6 +75,7 @@ def check_logits(field: str, model: keras.Model, output: int = 0) -> None:
         model: A functional or Sequential model.
         output: Index of the output, among the flattened ones.
     """
+    graph.check_graph(field, model)
     end = _end(model.outputs[output], {})
     if end.ending is None:
         if not end.sure and _gives_probabilities(model, output):
@@ -187,13 +188,14 @@ _LOGITS, _UNKNOWN = _End(sure=True), _End()
 
 # Keras's layers and operations, by their names. These keep the order of the values.
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "ExpandDims"}
-# These give probabilities of probabilities, logits of logits; and so do those with Pooling in their
-# name.
+# These give probabilities of probabilities, logits of logits; and so do those with one of some
+# words in their names.
 _COMBINES = {
     *("Average", "Concatenate", "Maximum", "Minimum", "Stack"),
     *("Amax", "Max", "Mean", "AdaptiveAveragePool", "AveragePool", "MaxPool"),
-    *("GetItem", "Permute", "Transpose", *_RESHAPES),
+    *("GetItem", "Permute", "Resize", "Resizing", "Transpose", *_RESHAPES),
 }
+_COMBINING = ("Pooling", "UpSampling", "Cropping", "ZeroPadding")
 # These give logits of logits. What they give of probabilities is open, but a sum or product of
 # several is no better than they are.
 _LINEAR = {"Add", "Divide", "Multiply", "Negative", "Rescaling", "Subtract", "Sum", "TrueDivide"}
@@ -221,10 +223,7 @@ def _walk(tensor: keras.KerasTensor, known: dict[int, _End]) -> _End:
             tried = [functools.partial(operation, **arguments), *functions]
             kind, axis = _kind(tried, before)
             if kind in _KINDS:
-                if reshapes and axis not in (None, -1):
-                    return _End(Ending(kind, operation.name, axis, removable=False), True)
-                found = Ending(kind, operation.name, axis)
-                return _End(found, True, before, None, tuple(reshapes))
+                return _ended(Ending(kind, operation.name, axis), before, None, reshapes)
             if kind is None and graph.has_graph(operation):
                 break  # look into it
             functions = [] if kind == _IDENTITY else tried
@@ -238,19 +237,24 @@ def _walk(tensor: keras.KerasTensor, known: dict[int, _End]) -> _End:
         tried = [layer.activation, *functions]
         kind, axis = (_IDENTITY, None) if _is_linear(*tried) else _kind(tried, tensor)
         if kind in _KINDS:
-            found = Ending(kind, operation.name, axis)
-            return _End(found, True, tensor, operation, tuple(reshapes))
+            return _ended(Ending(kind, operation.name, axis), tensor, operation, reshapes)
         return _LOGITS if kind == _IDENTITY and of_keras else _UNKNOWN
     if functions:
         return _UNKNOWN
     if graph.has_graph(operation):
-        return _inside(operation, tensor, tuple(reshapes))
+        return _inside(operation, tensor, reshapes)
     if getattr(layer, "weights", None):
         return _LOGITS if of_keras else _UNKNOWN
     return _combination(operation, inputs, known)
 
 
-def _inside(model: keras.Model, tensor: keras.KerasTensor, reshapes: tuple[Any, ...]) -> _End:
+def _ended(found: Ending, logits: keras.KerasTensor, linear: Any, reshapes: list[Any]) -> _End:
+    if reshapes and found.axis not in (None, -1):
+        return _End(dataclasses.replace(found, removable=False), True)  # which axis is it now?
+    return _End(found, True, logits, linear, tuple(reshapes))
+
+
+def _inside(model: keras.Model, tensor: keras.KerasTensor, reshapes: list[Any]) -> _End:
     """Returns what a nested model says of a tensor that it computes."""
     end = _end(model.outputs[output_index(tensor)], {})
     if end.ending is None:
@@ -258,7 +262,7 @@ def _inside(model: keras.Model, tensor: keras.KerasTensor, reshapes: tuple[Any, 
     found = dataclasses.replace(end.ending, layer=f"{model.name}/{end.ending.layer}")
     if end.logits is None:
         return end._replace(ending=found)
-    return _End(found, True, tensor, model, reshapes)
+    return _ended(found, tensor, model, reshapes)
 
 
 def _combination(operation: Any, inputs: list[keras.KerasTensor], known: dict[int, _End]) -> _End:
@@ -288,7 +292,7 @@ def _computes_values(operation: Any) -> bool:
 
 
 def _combines(name: str) -> bool:
-    return "Pooling" in name or name in _COMBINES
+    return name in _COMBINES or any(word in name for word in _COMBINING)
 
 
 def _keras_name(operation: Any) -> str:

@@ -552,9 +552,10 @@ def _is_target(label: Any, logits: Any) -> Any:
             "the label, as indices or one-hot, or take KLDivergence."
         )
     label = given = ops.convert_to_tensor(label)
-    if len(label.shape) == len(logits.shape):
-        one_hot = label.shape[-1] == classes
-        label = ops.argmax(label, axis=-1) if one_hot else ops.squeeze(label, -1)
+    if len(label.shape) == len(logits.shape) and label.shape[-1] == classes:
+        label = ops.argmax(label, axis=-1)
+    elif len(label.shape) == len(logits.shape) and label.shape[-1] == 1:
+        label = ops.squeeze(label, -1)
     if len(label.shape) != len(expected) or any(
         own is not None and other is not None and own != other
         for own, other in zip(label.shape, expected, strict=True)

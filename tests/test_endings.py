@@ -393,6 +393,7 @@ LOGITS = {
     "pooled": (lambda x: layers.GlobalAveragePooling1D()(logits(x)), (5, 4)),
     "mean": (lambda x: ops.mean(logits(x), axis=1), (5, 4)),
     "flat": (lambda x: layers.Flatten()(logits(x)), (5, 4)),
+    "upsampled": (lambda x: layers.UpSampling1D()(logits(x)), (5, 4)),
     "first position": (lambda x: logits(x)[:, 0], (5, 4)),
     "sum": lambda x: layers.Add()([logits(x), dense(x, name="other")]),
     "operator": lambda x: logits(x) - 2 * dense(x, name="other") / 3,
@@ -513,6 +514,16 @@ COMBINED = {
         (5, 4),
     ),
     "flat": ("softmax", lambda x: layers.Flatten(name="end")(dense(x, "softmax", "p")), (5, 4)),
+    "upsampled": (
+        "softmax",
+        lambda x: layers.UpSampling1D(name="end")(dense(x, "softmax", "p")),
+        (5, 4),
+    ),
+    "transposed, nested": (
+        "softmax",
+        lambda x: layers.Reshape((25, 3))(nested(lambda x: layers.Softmax(1)(logits(x)), x)),
+        (5, 5, 4),
+    ),
     "transposed": (
         "softmax",
         lambda x: layers.Reshape((25, 3), name="end")(layers.Softmax(1)(logits(x))),

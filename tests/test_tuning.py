@@ -499,3 +499,15 @@ def test_the_state_is_plain_json(tmp_path):
     go_on(oracle, most=2)
     state = json.loads((tmp_path / "search" / "oracle.json").read_text())
     assert [trial["status"] for trial in state["trials"]] == ["COMPLETED"] * 2
+
+
+def test_layers_of_a_search_may_be_one_name_or_auto():
+    for given, expected in (("stage1", ("stage1",)), ("auto", ("stage1",))):
+        hypermodel = DistillationHyperModel(
+            convnet("teacher"),
+            lambda: convnet("student"),
+            ranges={"student_layers": [[given], ["stage1", "stage2"]]},
+            student_layers=given,
+        )
+        distiller = hypermodel.distiller(keras_tuner.HyperParameters())
+        assert distiller.student_layers == expected

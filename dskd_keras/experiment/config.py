@@ -35,7 +35,8 @@ class ExperimentConfig:
         validation_fraction: Share of the training images held out to choose the best epoch.
         augmentation: auto is what suits the data set: crop_flip, or crop where a mirror image is
             another class.
-        student_layers: The student's shallow layers that dskd supervises.
+        student_layers: The student's shallow layers that dskd supervises; auto is the last one of
+            each resolution before the last.
         teacher_layer: The teacher's layer that supervises them. Default: the last feature map
             before the pooling.
         temperature: Softens the logits of teacher and student.

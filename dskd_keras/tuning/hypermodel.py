@@ -112,6 +112,7 @@ class DistillationHyperModel(keras_tuner.HyperModel):
         """
         values: dict[str, Any] = {}
         layers = self._settings["student_layers"]
+        layers = [layers] if isinstance(layers, str) else layers
         if self.ranges.student_layers is not None:
             choices = [_SEPARATOR.join(choice) for choice in self.ranges.student_layers]
             chosen = _choose(hp, "student_layers", choices, _SEPARATOR.join(layers))
