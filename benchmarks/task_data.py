@@ -13,8 +13,8 @@ IGNORED = 255  # the label of what counts nowhere, as in Pascal VOC
 _OPENING, _CLOSING, _FILLERS = 4, 5, 8
 
 # The language of the text task: words by what they mean, numbered from 1. 0 is padding.
-_TOPICS, _TOPIC_WORDS = 4, 8
-_KINDS = {"topic": _TOPICS * _TOPIC_WORDS, "good": 12, "bad": 12, "not": 3, "but": 2, "filler": 24}
+_TOPICS, _TOPIC_WORDS = 4, 3
+_KINDS = {"topic": _TOPICS * _TOPIC_WORDS, "good": 4, "bad": 4, "not": 2, "but": 1, "filler": 8}
 _KIND_OF = ["padding", *(kind for kind, words in _KINDS.items() for _ in range(words))]
 _FIRST = {kind: _KIND_OF.index(kind) for kind in _KINDS}
 WORDS = len(_KIND_OF)

@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import layers, ops
 
-from dskd_keras import graph
+from dskd_keras import graph, maps
 from dskd_keras.errors import InputError, unknown_name, wrong
 from dskd_keras.keras_internals import input_structure, output_structure
 
@@ -35,11 +36,6 @@ class Outputs(NamedTuple):
 # The layers that a head is made of, by the rank of the feature map that it sits on.
 _SEPARABLE = {3: layers.SeparableConv1D, 4: layers.SeparableConv2D}
 _CONVOLUTION = {3: layers.Conv1D, 4: layers.Conv2D, 5: layers.Conv3D}
-_RESIZING = {
-    3: layers.AdaptiveAveragePooling1D,
-    4: layers.AdaptiveAveragePooling2D,
-    5: layers.AdaptiveAveragePooling3D,
-}
 _POOLING = {
     3: layers.GlobalAveragePooling1D,
     4: layers.GlobalAveragePooling2D,
@@ -116,8 +112,9 @@ class Head:
     def on(self, layer: str, dtype: Any) -> "Head":
         """Returns this head for one of the student's layers."""
         head = copy.copy(self)
-        # A slash would be a new scope in a TensorFlow graph and a folder in a weights file.
-        head._prefix = "head_" + layer.replace("/", "_").replace(":", "_").replace("#", "_")
+        # A slash would be a new scope in a TensorFlow graph and a folder in a weights file, and
+        # PyTorch takes no dots.
+        head._prefix = "head_" + re.sub(r"\W", "_", layer)
         head._dtype = dtype
         return head
 
@@ -166,8 +163,7 @@ class SeparableHead(Head):
             block += 1
             x = self._block(x, block, channels, fixed and _can_halve(x, target), mask)
         if fixed and list(x.shape[1:-1]) != target:
-            resize = _RESIZING[len(x.shape)]
-            x = resize(target, data_format="channels_last", **self.named("resize"))(x)
+            x = _Resizing(target, **self.named("resize"))(x)
         if mask is not None:
             x = _without_padding(x, mask)
         project = _CONVOLUTION[len(x.shape)](
@@ -207,6 +203,20 @@ class SeparableHead(Head):
         )
         x = norm(layer(x)) if mask is None else norm(layer(x), mask=mask)
         return layers.ReLU(name=f"{layer.name}_relu", dtype=self._dtype)(x)
+
+
+class _Resizing(layers.Layer):
+    """Averages a map to given sizes. Keras's adaptive pooling gives NaN on JAX for some sizes."""
+
+    def __init__(self, size: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._size = tuple(size)
+
+    def call(self, x: Any) -> Any:
+        return maps.resized(x, self._size)[0]
+
+    def compute_output_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return shape[0], *self._size, shape[-1]
 
 
 _HEADS: dict[str, type[Head]] = {"separable": SeparableHead}

@@ -9,9 +9,9 @@ from keras import layers
 CLASSES = 3
 
 
-def convnet(name, width=4, batch_norm=True, regularizer=None, size=8, classes=CLASSES):
+def convnet(name, width=4, batch_norm=True, regularizer=None, size=8, classes=CLASSES, channels=2):
     """Two stages of convolution, `stage1` at full size and `stage2` at half, and `logits`."""
-    inputs = x = keras.Input((size, size, 2))
+    inputs = x = keras.Input((size, size, channels))
     for stage, stride in ((1, 1), (2, 2)):
         x = layers.Conv2D(
             width * stage,
