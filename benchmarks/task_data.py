@@ -14,7 +14,7 @@ _OPENING, _CLOSING, _FILLERS = 4, 5, 8
 
 # The language of the text task: words by what they mean, numbered from 1. 0 is padding.
 _TOPICS, _TOPIC_WORDS = 4, 3
-_KINDS = {"topic": _TOPICS * _TOPIC_WORDS, "good": 4, "bad": 4, "not": 2, "but": 1, "filler": 8}
+_KINDS = {"topic": _TOPICS * _TOPIC_WORDS, "good": 6, "bad": 6, "not": 2, "filler": 12}
 _KIND_OF = ["padding", *(kind for kind, words in _KINDS.items() for _ in range(words))]
 _FIRST = {kind: _KIND_OF.index(kind) for kind in _KINDS}
 WORDS = len(_KIND_OF)
@@ -38,8 +38,8 @@ class Splits(NamedTuple):
 def text(train=3000, held_out=2000, length=24, wrong=0.15, seed=0):
     """Returns sentences of an invented language, classified by topic and opinion.
 
-    The topic is that of most topic words. The opinion is the sum of the good and the bad words
-    after the last "but"; a "not" turns over the next good or bad word, wherever it stands.
+    The topic is that of most topic words. The opinion is the sum of the good and the bad words;
+    a "not" turns over the next of them, however far it stands from it.
 
     Args:
         train: Number of training sentences.
@@ -67,7 +67,7 @@ def text(train=3000, held_out=2000, length=24, wrong=0.15, seed=0):
 def _sentence(rng, length):
     favourite = rng.integers(_TOPICS)
     words = []
-    for kind in rng.choice([*_KINDS], length, p=[0.25, 0.15, 0.15, 0.1, 0.05, 0.3]):
+    for kind in rng.choice([*_KINDS], length, p=[0.25, 0.15, 0.15, 0.15, 0.3]):
         word = rng.integers(_KINDS[kind])
         if kind == "topic" and rng.random() < 0.4:
             word = favourite * _TOPIC_WORDS + word % _TOPIC_WORDS
@@ -84,8 +84,6 @@ def sentence_meaning(words):
             topics[(word - _FIRST["topic"]) // _TOPIC_WORDS] += 1
         elif kind == "not":
             sign = -sign
-        elif kind == "but":
-            opinion, sign = 0, 1
         elif kind in ("good", "bad"):
             opinion, sign = opinion + (sign if kind == "good" else -sign), 1
     second, first = sorted(topics)[-2:]
