@@ -10,11 +10,11 @@ import numpy as np
 
 IGNORED = 255  # the label of what counts nowhere, as in Pascal VOC
 
-_OPENING, _CLOSING, _FILLERS = 4, 5, 8
+OPENING, _CLOSING, _FILLERS = 4, 5, 8
 
 # The language of the text task: words by what they mean, numbered from 1. 0 is padding.
-_TOPICS, _TOPIC_WORDS = 4, 3
-_KINDS = {"topic": _TOPICS * _TOPIC_WORDS, "good": 6, "bad": 6, "not": 2, "filler": 12}
+TOPICS, _TOPIC_WORDS = 4, 3
+_KINDS = {"topic": TOPICS * _TOPIC_WORDS, "good": 6, "bad": 6, "not": 2, "filler": 12}
 _KIND_OF = ["padding", *(kind for kind, words in _KINDS.items() for _ in range(words))]
 _FIRST = {kind: _KIND_OF.index(kind) for kind in _KINDS}
 WORDS = len(_KIND_OF)
@@ -35,16 +35,17 @@ class Splits(NamedTuple):
     test: Examples
 
 
-def text(train=3000, held_out=2000, length=24, wrong=0.15, seed=0):
+def text(train=3200, held_out=2000, length=16, wrong=0.1, seed=0):
     """Returns sentences of an invented language, classified by topic and opinion.
 
-    The topic is that of most topic words. The opinion is the sum of the good and the bad words;
-    a "not" turns over the next of them, however far it stands from it.
+    The topic is that of most topic words. The opinion is the sum of the good and the bad words; a
+    "not" turns over the next of them, however far it stands from it. Both are clear: the topic
+    leads by two words, and two words more are good, or bad.
 
     Args:
         train: Number of training sentences.
         held_out: Number of sentences for validation, and for testing.
-        length: Longest sentence, in words; the shortest has 8.
+        length: Longest sentence, in words; the shortest has half of that.
         wrong: Share of training labels that are replaced by another class.
         seed: Of all random numbers.
 
@@ -53,31 +54,32 @@ def text(train=3000, held_out=2000, length=24, wrong=0.15, seed=0):
     """
     rng = np.random.default_rng(seed)
     count = train + 2 * held_out
-    x, y = np.zeros((count, length), "int32"), np.zeros(count, "int32")
+    x, y, chances = np.zeros((count, length), "int32"), np.zeros(count, "int32"), _chances()
     for row in range(count):
-        opinion, margin = 0, 0
-        while not opinion or not margin:
-            words = _sentence(rng, rng.integers(8, length + 1))
+        opinion = margin = 0
+        while abs(opinion) < 2 or margin < 2:
+            size, favourite = rng.integers(length // 2, length + 1), rng.integers(TOPICS)
+            words = rng.choice(WORDS, size, p=chances[favourite]).tolist()
             topic, margin, opinion = sentence_meaning(words)
         x[row, : len(words)] = words
         y[row] = 2 * topic + (opinion > 0)
-    return _splits(x, _with_wrong_classes(rng, y, 2 * _TOPICS, train, wrong), train, held_out)
+    return _splits(x, _with_wrong_classes(rng, y, 2 * TOPICS, train, wrong), train, held_out)
 
 
-def _sentence(rng, length):
-    favourite = rng.integers(_TOPICS)
-    words = []
-    for kind in rng.choice([*_KINDS], length, p=[0.25, 0.15, 0.15, 0.15, 0.3]):
-        word = rng.integers(_KINDS[kind])
-        if kind == "topic" and rng.random() < 0.4:
-            word = favourite * _TOPIC_WORDS + word % _TOPIC_WORDS
-        words.append(_FIRST[kind] + word)
-    return words
+def _chances():
+    """Returns the probability of every word in sentences that favour a topic, `[topics, WORDS]`."""
+    share = {"padding": 0, "topic": 0.15, "good": 0.15, "bad": 0.15, "not": 0.15, "filler": 0.3}
+    chances = np.array([share[kind] / max(1, _KINDS.get(kind, 0)) for kind in _KIND_OF])
+    chances = np.tile(chances, (TOPICS, 1))
+    for topic, row in enumerate(chances):
+        first = _FIRST["topic"] + topic * _TOPIC_WORDS
+        row[first : first + _TOPIC_WORDS] += 0.1 / _TOPIC_WORDS
+    return chances
 
 
 def sentence_meaning(words):
     """Returns the topic, by how many words it leads, and the opinion of a sentence (0: none)."""
-    topics, opinion, sign = [0] * _TOPICS, 0, 1
+    topics, opinion, sign = [0] * TOPICS, 0, 1
     for word in words:
         kind = _KIND_OF[word]
         if kind == "topic":
@@ -90,7 +92,7 @@ def sentence_meaning(words):
     return topics.index(first), first - second, opinion
 
 
-def brackets(train=1500, held_out=1000, length=32, wrong=0.15, seed=0):
+def brackets(train=2048, held_out=1000, length=24, wrong=0.15, seed=0):
     """Returns sequences with brackets of four kinds, each token labelled by what it stands in.
 
     One token closes whatever is open, so the label needs the whole stack.
@@ -116,7 +118,7 @@ def brackets(train=1500, held_out=1000, length=32, wrong=0.15, seed=0):
         for position in range(rng.integers(length // 2, length + 1)):
             draw = rng.random()
             if draw < 0.35 and len(stack) < 5:
-                stack.append(int(rng.integers(1, _OPENING + 1)))
+                stack.append(int(rng.integers(1, OPENING + 1)))
                 token = stack[-1]
             elif draw < 0.65 and stack:
                 stack.pop()
@@ -125,13 +127,13 @@ def brackets(train=1500, held_out=1000, length=32, wrong=0.15, seed=0):
                 token = _CLOSING + rng.integers(1, _FILLERS + 1)
             x[row, position] = token
             y[row, position] = stack[-1] if stack else 0
-    return _splits(x, _with_wrong_classes(rng, y, 1 + _OPENING, train, wrong), train, held_out)
+    return _splits(x, _with_wrong_classes(rng, y, 1 + OPENING, train, wrong), train, held_out)
 
 
 TOKENS = 1 + _CLOSING + _FILLERS
 
 
-def segmentation(train=480, held_out=400, size=24, wrong=0.1, seed=0):
+def segmentation(train=800, held_out=400, size=20, wrong=0.1, seed=0):
     """Returns noisy pictures with digits on them, each pixel labelled by the digit that it is of.
 
     Args:
@@ -150,39 +152,30 @@ def segmentation(train=480, held_out=400, size=24, wrong=0.1, seed=0):
     def draw(digits, count, share):
         x = np.zeros((count, size, size), "float32")
         y = np.zeros((count, size, size), "int32")
-        half = size // 2
-        for row, top, left in np.ndindex(count, 2, 2):
+        for row, place in _quarters(rng, count, size):
             picture, digit = _one(rng, digits)
-            down, right = rng.integers(0, half - 8 + 1, 2)
-            place = row, slice(top * half + down, top * half + down + 8), slice(
-                left * half + right, left * half + right + 8
-            )  # fmt: skip
-            x[place] = picture
+            x[row][place] = picture
             if rng.random() < share:
                 digit = (digit + rng.integers(1, 10)) % 10
-            y[place][picture >= 0.25] = 1 + digit
+            y[row][place][picture >= 0.25] = 1 + digit
         inked = y > 0
+        padded = np.pad(inked, [(0, 0), (1, 1), (1, 1)])
         around = np.zeros_like(inked)
         for down, right in np.ndindex(3, 3):
-            padded = np.pad(inked, [(0, 0), (1, 1), (1, 1)])
             around |= padded[:, down : down + size, right : right + size]
         y[around & ~inked] = IGNORED
-        x += rng.normal(0, 0.25, x.shape)
-        return Examples(x[..., None], y)
+        return Examples(_noisy(rng, x, 0.25), y)
 
-    parts = zip(_digits(rng), (train, held_out, held_out), (wrong, 0, 0), strict=True)
-    return Splits(*(draw(*part) for part in parts))
+    return _drawn(rng, draw, train, held_out, wrong)
 
 
-def multi_label(train=960, held_out=1000, size=20, wrong=0.05, seed=0):
-    """Returns noisy pictures of one to four digits, labelled by which digits occur.
-
-    The digits may overlap.
+def multi_label(train=1600, held_out=1000, size=20, wrong=0.05, seed=0):
+    """Returns noisy pictures of digits, labelled by which digits occur.
 
     Args:
         train: Number of training pictures.
         held_out: Number of pictures for validation, and for testing.
-        size: Height and width.
+        size: Height and width; each quarter of the picture has a digit or none, equally often.
         wrong: Share of the training labels that are turned over.
         seed: Of all random numbers.
 
@@ -194,19 +187,14 @@ def multi_label(train=960, held_out=1000, size=20, wrong=0.05, seed=0):
     def draw(digits, count, share):
         x = np.zeros((count, size, size), "float32")
         y = np.zeros((count, 10), "float32")
-        for row in range(count):
-            for _ in range(rng.integers(1, 5)):
-                picture, digit = _one(rng, digits)
-                down, right = rng.integers(0, size - 8 + 1, 2)
-                place = x[row, down : down + 8, right : right + 8]
-                np.maximum(place, picture, out=place)
+        for row, place in _quarters(rng, count, size):
+            if rng.random() < 0.5:
+                x[row][place], digit = _one(rng, digits)
                 y[row, digit] = 1
-        x += rng.normal(0, 0.2, x.shape)
         turned = rng.random(y.shape) < share
-        return Examples(x[..., None], np.where(turned, 1 - y, y))
+        return Examples(_noisy(rng, x, 0.15), np.where(turned, 1 - y, y))
 
-    parts = zip(_digits(rng), (train, held_out, held_out), (wrong, 0, 0), strict=True)
-    return Splits(*(draw(*part) for part in parts))
+    return _drawn(rng, draw, train, held_out, wrong)
 
 
 def table(train=2048, held_out=2000, wrong=0.2, seed=0):
@@ -246,17 +234,35 @@ def _with_wrong_classes(rng, y, classes, train, share):
     return np.where(replaced, other, y).astype("int32")
 
 
-def _digits(rng):
-    """Returns three disjoint parts of the digits, `(pictures [N, 8, 8] from 0 to 1, digits)`."""
+def _drawn(rng, draw, train, held_out, wrong):
+    """Returns pictures of three disjoint parts of scikit-learn's digits, as `draw` makes them."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     order = rng.permutation(len(digits.target))
     parts = np.split(order, [len(order) // 2, 3 * len(order) // 4])
-    return [(digits.images[part].astype("float32") / 16, digits.target[part]) for part in parts]
+    counts, shares = (train, held_out, held_out), (wrong, 0, 0)
+    return Splits(
+        *(
+            draw((digits.images[part].astype("float32") / 16, digits.target[part]), count, share)
+            for part, count, share in zip(parts, counts, shares, strict=True)
+        )
+    )
+
+
+def _quarters(rng, count, size):
+    """Yields, for each quarter of each picture, its number and somewhere a digit has room in it."""
+    half = size // 2
+    for row, top, left in np.ndindex(count, 2, 2):
+        down, right = np.array([top, left]) * half + rng.integers(0, half - 8 + 1, 2)
+        yield row, (slice(down, down + 8), slice(right, right + 8))
 
 
 def _one(rng, digits):
     pictures, targets = digits
     index = rng.integers(len(targets))
     return pictures[index], int(targets[index])
+
+
+def _noisy(rng, pictures, deviation):
+    return (pictures + rng.normal(0, deviation, pictures.shape)).astype("float32")[..., None]

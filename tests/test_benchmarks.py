@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from benchmarks import step, timing
+from benchmarks import step, task_data, timing
 from dskd_keras import models
 
 
@@ -53,3 +54,24 @@ def test_the_pytorch_loop_has_the_models_of_the_zoo(name):
     assert sizes == [(channels, *size) for *size, channels in stages]
     torch.testing.assert_close(folded, logits, atol=1e-4, rtol=1e-4)
     assert not torch_loop.can_build("vgg8") and not torch_loop.can_build("resnet18")
+
+
+@pytest.mark.once
+def test_brackets_are_labelled_by_what_is_open_and_training_labels_alone_are_wrong():
+    clean, noisy = (task_data.brackets(300, 50, wrong=share) for share in (0, 0.2))
+    for tokens, labels in zip(*noisy.test, strict=True):
+        stack = [0]
+        for token, label in zip(tokens, labels, strict=True):
+            if token == 0:
+                assert label == task_data.IGNORED
+                continue
+            if token < 5:
+                stack.append(token)
+            elif token == 5:
+                stack.pop()
+            assert label == stack[-1]
+    np.testing.assert_array_equal(noisy.validation.y, clean.validation.y)
+    np.testing.assert_array_equal(noisy.train.x, clean.train.x)
+    is_wrong = noisy.train.y != clean.train.y
+    assert is_wrong[noisy.train.x > 0].mean() == pytest.approx(0.2, abs=0.02)
+    assert not is_wrong[noisy.train.x == 0].any()
