@@ -159,16 +159,16 @@ class Distiller(keras.Model):
         deep_prediction_weight: Coefficient of the shallow layers' divergences. Defaults to 1.0.
         deep_feature_weight: Coefficient of the shallow layers' feature-map losses. Defaults to 1.0.
         weighting: The strategy that allocates weights to the shallow layers: `"softmax"`,
-            `"proportional"`, `"inverse"`, `"uniform"`, or a `dskd_keras.weighting.Weighting`.
-            Defaults to `"softmax"`.
+            `"proportional"`, `"inverse"`, `"uniform"`, `"relative"`, or a
+            `dskd_keras.weighting.Weighting`. Defaults to `"softmax"`.
         prediction_loss: What compares logits: a name of `dskd_keras.losses`, or a
             `keras.losses.Loss` or function of teacher's and student's logits that gives one value
             an image or a position. An object has its own temperature. Defaults to the divergence
             that goes with the compiled loss.
         feature_loss: What compares feature maps, likewise. Defaults to
             `"feature_mean_squared_error"`.
-        head: The `dskd_keras.heads.Head` on each supervised layer. Defaults to
-            `dskd_keras.heads.SeparableHead()`.
+        head: What sits on each supervised layer: `"separable"`, `"pointwise"`, `"convolutional"`,
+            or a `dskd_keras.heads.Head`. Defaults to `"separable"`.
         teacher_output: Which output of the teacher are the logits: the key of a dict, the name of
             a layer, or the place in a list. Defaults to the only one.
         student_output: The same of the student. The other outputs are trained by the losses that

@@ -153,7 +153,9 @@ class SeparableHead(Head):
             x, mask = average(x, mask, **self.named("pool")), None
         if len(x.shape) == 2:
             dense = layers.Dense(channels, use_bias=False, **self.named("dense"))
-            return layers.Dense(channels, **self.named("projection"))(self._activate(dense, x))
+            return layers.Dense(channels, **self.named("projection"))(
+                _activated(dense, x, None, self._dtype)
+            )
         own = list(x.shape[1:-1])
         fixed = mask is None and None not in own and None not in size
         # Where the student has fewer positions, the loss pools the teacher's.
@@ -195,14 +197,113 @@ class SeparableHead(Head):
                 pool = self.named(f"pool{number}")
                 x = layers.AveragePooling3D(2, data_format="channels_last", **pool)(x)
             convolve = layers.Conv3D(width, kernel_size=1, **options)
-        return self._activate(convolve, x, mask)
+        return _activated(convolve, x, mask, self._dtype)
 
-    def _activate(self, layer: Any, x: keras.KerasTensor, mask: Any = None) -> keras.KerasTensor:
-        norm = layers.BatchNormalization(
-            momentum=0.9, epsilon=1e-5, name=f"{layer.name}_bn", dtype=self._dtype
-        )
-        x = norm(layer(x)) if mask is None else norm(layer(x), mask=mask)
-        return layers.ReLU(name=f"{layer.name}_relu", dtype=self._dtype)(x)
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class PointwiseHead(Head):
+    """The cheapest: the map averaged down to the teacher's size, and one 1×1 convolution.
+
+    It is FitNet's regressor (Romero et al., ICLR 2015) with a convolution of one position. What it
+    asks of the layer is to be linear in what the teacher knows.
+    """
+
+    def project(
+        self,
+        x: keras.KerasTensor,
+        teacher_shape: Sequence[int | None],
+        mask: Any = None,
+    ) -> keras.KerasTensor:
+        """Returns a feature map, channels last, brought to the teacher's shape."""
+        *size, channels = teacher_shape
+        x, mask = _pooled(self, x, size, mask)
+        return layers.Dense(channels, **self.named("projection"))(x)
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
+class ConvolutionalHead(Head):
+    """The largest: SemCKD's projector, at the teacher's size.
+
+    A 1×1 convolution to twice the teacher's channels, a 3×3 one, and a 1×1 one to the teacher's
+    channels, with batch normalisation and ReLU between them (Chen et al., "Cross-Layer Distillation
+    with Semantic Calibration", AAAI 2021). The map is averaged down first.
+    """
+
+    def project(
+        self,
+        x: keras.KerasTensor,
+        teacher_shape: Sequence[int | None],
+        mask: Any = None,
+    ) -> keras.KerasTensor:
+        """Returns a feature map, channels last, brought to the teacher's shape."""
+        *size, channels = teacher_shape
+        assert channels is not None
+        x, mask = _pooled(self, x, size, mask)
+        widen = layers.Dense(2 * channels, use_bias=False, **self.named("widen"))
+        x = _activated(widen, x, mask, self._dtype)
+        if len(x.shape) > 2:
+            if mask is not None:
+                x = _without_padding(x, mask)
+            convolve = _CONVOLUTION[len(x.shape)](
+                2 * channels,
+                kernel_size=3,
+                padding="same",
+                use_bias=False,
+                data_format="channels_last",
+                **self.named("conv"),
+            )
+            x = _activated(convolve, x, mask, self._dtype)
+        return layers.Dense(channels, **self.named("projection"))(x)
+
+
+class TeacherClassifierHead(ConvolutionalHead):
+    """Projects like its parent, and classifies with the teacher's own classifier: under study.
+
+    As in SimKD (Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR
+    2022), the last dense layer of the teacher takes the average of the projected map. It is frozen.
+
+    Args:
+        teacher: A model whose classifier is a global average and a dense layer.
+    """
+
+    def __init__(self, teacher: keras.Model) -> None:
+        dense = [layer for layer in teacher.layers if isinstance(layer, layers.Dense)]
+        self._weights = dense[-1].get_weights()
+
+    def classify(
+        self, x: keras.KerasTensor, num_classes: int, mask: Any = None
+    ) -> keras.KerasTensor:
+        """Returns the teacher's logits of an averaged map, `[B, C]`."""
+        classifier = layers.Dense(num_classes, **{**self.named("logits"), "dtype": "float32"})
+        logits = classifier(x)
+        classifier.set_weights(self._weights)
+        classifier.trainable = False
+        return logits
+
+
+def _activated(layer: Any, x: keras.KerasTensor, mask: Any, dtype: Any) -> keras.KerasTensor:
+    """Returns what a layer makes of a map, normalised over the batch and rectified."""
+    norm = layers.BatchNormalization(
+        momentum=0.9, epsilon=1e-5, name=f"{layer.name}_bn", dtype=dtype
+    )
+    x = norm(layer(x)) if mask is None else norm(layer(x), mask=mask)
+    return layers.ReLU(name=f"{layer.name}_relu", dtype=dtype)(x)
+
+
+def _pooled(
+    head: Head, x: keras.KerasTensor, size: Sequence[int | None], mask: Any
+) -> tuple[keras.KerasTensor, Any]:
+    """Returns a map averaged down to a size where both are known, and the mask that is left."""
+    if len(x.shape) == 2:
+        return x, None
+    if len(x.shape) != len(size) + 2:
+        # Maps of different kinds are compared by their averages over positions.
+        return average(x, mask, **head.named("average")), None
+    own = list(x.shape[1:-1])
+    if mask is not None or None in own or None in size:
+        return x, mask
+    target = [min(a, b) for a, b in zip(own, size, strict=True)]
+    return (x if own == target else _Resizing(target, **head.named("resize"))(x)), None
 
 
 class _Resizing(layers.Layer):
@@ -219,11 +320,20 @@ class _Resizing(layers.Layer):
         return shape[0], *self._size, shape[-1]
 
 
-_HEADS: dict[str, type[Head]] = {"separable": SeparableHead}
+_HEADS: dict[str, type[Head]] = {
+    "separable": SeparableHead,
+    "pointwise": PointwiseHead,
+    "convolutional": ConvolutionalHead,
+}
+
+
+def names() -> list[str]:
+    """Returns the names of the heads of this module."""
+    return list(_HEADS)
 
 
 def get(identifier: str | dict[str, Any] | Head | None) -> Head:
-    """Returns the head for a name (`"separable"`), a configuration, an object, or the default.
+    """Returns the head for a name out of `names()`, a configuration, an object, or the default.
 
     Raises:
         InputError: The name is unknown, or the object is no `Head`.

@@ -89,6 +89,33 @@ class KLDivergence(_OnLogits):
 
 
 @keras.saving.register_keras_serializable("dskd_keras")
+class KLDivergenceWithLabels(KLDivergence):
+    """`KLDivergence` plus the cross-entropy on the labels: deep supervision by both, under study.
+
+    With `label_weight=0` the student's output has the usual objective, and the heads have the same.
+
+    Args, shapes and errors: As in `KLDivergence`. `label` holds class indices `[B]`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "kl_divergence_with_labels",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(temperature, reduction, name, dtype)
+
+    def call(self, y_true: Any, y_pred: Any, temperature: Any = None, label: Any = None) -> Any:
+        """Returns the sum of both for each image, `[B]`."""
+        is_target = ops.cast(
+            _is_target(label, y_pred), keras.backend.standardize_dtype(y_pred.dtype)
+        )
+        of_labels = -ops.sum(is_target * ops.log_softmax(y_pred, axis=-1), axis=-1)
+        return super().call(y_true, y_pred, temperature) + of_labels
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
 class BinaryKLDivergence(_OnLogits):
     """Kullback-Leibler divergence of independent labels, each with one logit.
 
@@ -346,6 +373,34 @@ class FeatureMeanSquaredError(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable("dskd_keras")
+class FeatureNormalizedMeanSquaredError(FeatureMeanSquaredError):
+    """`FeatureMeanSquaredError` over the variance of the teacher's map: the share unexplained.
+
+    A map that says nothing of the image, the channels' means, has the loss 1, and one that equals
+    the teacher's has 0. So one coefficient serves teachers whose features differ in size. The
+    variance is over the batch and the positions, within channels, and it is averaged over channels.
+    The mean of the loss over a batch is 1 − R², the coefficient of determination.
+
+    Args, shapes and errors: As in `FeatureMeanSquaredError`. A map that is the same everywhere has
+    no variance; its loss is 0.
+    """
+
+    def __init__(
+        self,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "feature_normalized_mean_squared_error",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(reduction=reduction, name=name, dtype=dtype)
+
+    def call(self, y_true: Any, y_pred: Any, mask: Any = None) -> Any:
+        """Returns the share of the variance for each image, `[B]`; with a mask by position."""
+        y_true, y_pred, valid = _at_common_positions(y_true, y_pred, mask)
+        errors = super().call(y_true, y_pred, valid)
+        return ops.divide_no_nan(errors, ops.stop_gradient(_variance(y_true, valid)))
+
+
+@keras.saving.register_keras_serializable("dskd_keras")
 class AttentionTransfer(keras.losses.Loss):
     """Mean squared difference of two attention maps: where a network looks, whatever its channels.
 
@@ -441,6 +496,7 @@ _LOSSES: dict[str, type[keras.losses.Loss]] = {
     "dist": DIST,
     "standardized_kl_divergence": StandardizedKLDivergence,
     "feature_mean_squared_error": FeatureMeanSquaredError,
+    "feature_normalized_mean_squared_error": FeatureNormalizedMeanSquaredError,
     "attention_transfer": AttentionTransfer,
     "cosine_features": CosineFeatures,
 }
@@ -620,6 +676,17 @@ def _correlation(p: Any, q: Any, axis: Any, valid: Any = None) -> Any:
         return x * ops.rsqrt(variation + _VARIANCE * ops.maximum(squares, 1.0))
 
     return ops.sum(standardized(p) * standardized(q), axis=axis)
+
+
+def _variance(x: Any, valid: Any) -> Any:
+    """Returns the variance of a map within channels, over all that is valid, as a scalar."""
+    axes = tuple(range(len(x.shape) - 1))
+    if valid is None:
+        return ops.mean(ops.var(x, axis=axes))
+    counted = ops.cast(ops.expand_dims(valid, -1), x.dtype)
+    count = ops.maximum(ops.sum(counted), 1.0)
+    centred = (x - ops.sum(x * counted, axis=axes) / count) * counted
+    return ops.mean(ops.sum(ops.square(centred), axis=axes) / count)
 
 
 def _attention(x: Any) -> Any:

@@ -141,7 +141,9 @@ class Teacher:
     The function is run in the training step, before the student and outside of its gradients. On
     TensorFlow and JAX the step is compiled, so the function has to be made of what can be compiled
     there: Keras operations, or the backend's own. Of a `keras.Model` or layer, such as a subclassed
-    model, the weights are read anew in every step, and it runs in inference mode.
+    model, the weights are read anew in every step, and it runs in inference mode. A function of
+    yours that calls a model has to say so itself: `model(x, training=False)`. Without it dropout
+    and batch normalisation may work as in training.
 
     A distiller with such a teacher can't be saved as a whole; its student and its weights can.
 

@@ -138,11 +138,52 @@ class Uniform(Weighting):
         return ops.ones_like(losses) / losses.shape[0]
 
 
+@keras.saving.register_keras_serializable("dskd_keras")
+class Relative(Weighting):
+    """`r / Σ r` with `r = loss / its own running mean`: a layer lags if it lags behind itself.
+
+    Losses of layers differ in size for reasons that have nothing to do with progress: a shallow
+    layer knows less. Here every layer is measured by its own past, so that a layer whose loss has
+    fallen less than the others' of late gets more weight. It starts from equal weights.
+
+    Args:
+        momentum: Of the running mean, in [0, 1). Defaults to 0.999.
+        name: Optional name.
+    """
+
+    def __init__(self, momentum: float = 0.999, name: str | None = None, **kwargs: Any) -> None:
+        super().__init__(name=name, **kwargs)
+        self.momentum = checks.real("momentum", momentum, least=0, below=1)
+
+    def build(self, shape: tuple[int, ...]) -> None:
+        """Creates the running means, and the share of them that has been seen."""
+        self._mean = self.add_weight(shape, "zeros", name="mean", trainable=False)
+        self._seen = self.add_weight((), "zeros", name="seen", trainable=False)
+
+    def call(self, losses: Any) -> Any:
+        """Returns the allocation `[L]` for finite losses `[L]`."""
+        if losses.shape[0] == 1:
+            return ops.ones_like(losses)
+        keep = self.momentum
+        # The first steps count fully, as in Adam: the sum of the weights so far divides.
+        mean = keep * self._mean + (1.0 - keep) * losses
+        seen = keep * self._seen + (1.0 - keep)
+        self._mean.assign(mean)
+        self._seen.assign(seen)
+        relative = losses / ops.maximum(mean / seen, 1.2e-38)
+        return ops.softmax(ops.log(ops.maximum(relative, 1.2e-38)), axis=-1)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that rebuild this strategy."""
+        return {**super().get_config(), "momentum": self.momentum}
+
+
 _STRATEGIES: dict[str, type[Weighting]] = {
     "softmax": Softmax,
     "proportional": Proportional,
     "inverse": Inverse,
     "uniform": Uniform,
+    "relative": Relative,
 }
 
 
@@ -155,9 +196,8 @@ def get(identifier: str | dict[str, Any] | Weighting) -> Weighting:
     """Returns the weighting strategy for a name, a configuration or an object.
 
     Args:
-        identifier: A name (`"softmax"`, `"proportional"`, `"inverse"`, `"uniform"`), a
-            configuration that `keras.saving.serialize_keras_object` made of a strategy, or a
-            `Weighting`.
+        identifier: A name out of `names()`, a configuration that
+            `keras.saving.serialize_keras_object` made of a strategy, or a `Weighting`.
 
     Returns:
         A new strategy, or the object given.
@@ -187,6 +227,8 @@ def renamed(strategy: Weighting, name: str) -> Weighting:
     # Keras imports TensorFlow to make a configuration, on every backend: it takes seconds.
     if type(strategy) is Softmax:
         return Softmax(strategy.temperature, name=name)
+    if type(strategy) is Relative:
+        return Relative(strategy.momentum, name=name)
     if type(strategy) in _STRATEGIES.values():
         return type(strategy)(name=name)
     try:

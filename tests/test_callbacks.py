@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dskd_keras
 from dskd_keras.callbacks import (
+    FadeOut,
     LayerWeightLogger,
     StopOnNonFiniteLoss,
     TensorBoardScalars,
@@ -563,3 +564,20 @@ def test_throughput_leaves_out_compilation_and_evaluation(monkeypatch):
         first.on_train_batch_end(batch, {"loss": 0.0})
     first.on_epoch_end(0)
     assert first.images_per_second == 2.5
+
+
+def test_fade_out_ends_deep_supervision_before_the_training():
+    distiller = shared()
+    before = distiller.deep_prediction_weight, distiller.deep_feature_weight
+    seen = []
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(
+            (distiller.deep_prediction_weight, distiller.deep_feature_weight)
+        )
+    )
+    with small.eagerly():
+        fit(distiller, [FadeOut(distiller, 2), watch], epochs=4)
+    shares = [1.0, 0.5, 0.0, 0.0]
+    np.testing.assert_allclose(seen, [[share * b for b in before] for share in shares], rtol=1e-6)
+    with pytest.raises(dskd_keras.InputError, match="epochs: 0 should be"):
+        FadeOut(distiller, 0)

@@ -94,6 +94,51 @@ def test_heads_fit_every_kind_of_feature_map(of_teacher, projected):
         assert (a != b).any(), variable.path
 
 
+@pytest.mark.parametrize("head", heads.names())
+@small.eagerly()
+def test_every_head_brings_every_kind_of_map_to_the_teachers(head):
+    names = [kind.__name__ for kind in KINDS]
+    distiller = dskd_keras.Distiller(
+        classifier("teacher", [odd_map], 5),
+        classifier("student", KINDS, 4),
+        names,
+        teacher_layer="odd_map",
+        head=head,
+    )
+    distiller.compile("sgd", loss=small.crossentropy())
+    outputs = distiller(keras.Input(SHAPE), training=True)
+    shapes = dict(zip(names, [(5, 5, 5), (3, 3, 5), (5,), (5,)], strict=True))
+    assert {name: x.shape[1:] for name, x in outputs.deep_features.items()} == shapes
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((4, *SHAPE)).astype("float32"), np.arange(4) % small.CLASSES
+    logs = distiller.train_on_batch(x, y, return_dict=True)
+    assert all(np.isfinite(float(value)) for value in logs.values())
+    assert type(heads.get(keras.saving.serialize_keras_object(heads.get(head)))) is type(
+        heads.get(head)
+    )
+
+
+@pytest.mark.parametrize("head", heads.names())
+@small.eagerly()
+def test_no_head_sees_padding(head):
+    inputs = keras.Input((None, 2))
+    x = layers.Masking(name="stage1")(inputs)
+    student = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+    model = heads.attach(student, ["stage1"], [(None, 4)], head=heads.get(head))
+    short = np.random.default_rng(0).standard_normal((2, 4, 2)).astype("float32")
+    padded = np.pad(short, [(0, 0), (0, 3), (0, 0)])
+    for training in (False, True):
+        of_short, of_padded = (model(x, training=training) for x in (short, padded))
+        for part in ("deep_logits", "deep_features"):
+            expected, found = (
+                keras.ops.convert_to_numpy(getattr(outputs, part)["stage1"])
+                for outputs in (of_short, of_padded)
+            )
+            if part == "deep_features":
+                found = found[:, :4]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_channels_first_maps_give_the_numbers_of_channels_last_ones():
     def net(name, data_format):
         first = data_format == "channels_first"

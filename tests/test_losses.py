@@ -16,6 +16,7 @@ from dskd_keras.losses import (
     CosineFeatures,
     DecoupledKLDivergence,
     FeatureMeanSquaredError,
+    FeatureNormalizedMeanSquaredError,
     KLDivergence,
     StandardizedKLDivergence,
 )
@@ -337,6 +338,26 @@ def test_feature_losses_compare_unlike_maps_by_their_means():
     np.testing.assert_allclose(called(CosineFeatures(), teacher, student), [0.0, 0.0], atol=1e-6)
 
 
+def normalized(a, b):
+    axes = tuple(range(a.ndim - 1))
+    variance = ((a - a.mean(axis=axes)) ** 2).mean()
+    return ((a - b) ** 2).reshape(len(a), -1).mean(axis=1) / variance
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (4, 5, 6), (4, 6)])
+def test_normalized_feature_loss_is_the_share_of_variance_that_is_not_explained(shape):
+    loss = FeatureNormalizedMeanSquaredError()
+    teacher, student = normal(2, *shape)
+    expected = normalized(teacher.astype("float64"), student)
+    np.testing.assert_allclose(called(loss, teacher, student), expected, rtol=1e-4)
+    # The same features in other units, of another origin.
+    other = called(loss, 30 * teacher + 7, 30 * student + 7)
+    np.testing.assert_allclose(other, expected, rtol=1e-3)
+    means = np.broadcast_to(teacher.mean(axis=tuple(range(len(shape) - 1))), shape)
+    assert called(loss, teacher, means.copy()).mean() == pytest.approx(1.0, rel=1e-4)
+    assert (called(loss, np.ones(shape, "float32"), student) == 0).all()
+
+
 def test_attention_transfer_against_numpy():
     # Each side has channels of its own.
     teacher, student = normal(3, 2, 3, 2, 7), normal(3, 2, 3, 2, 2, seed=1)
@@ -383,7 +404,7 @@ EQUALS = np.tile(np.array([[1.0, 2.0, 0.5, -1e4]], "float32"), (3, 1))
 
 def edges(name):
     """Both sides for a loss of that name."""
-    on_maps = name in ("feature_mean_squared_error", "attention_transfer", "cosine_features")
+    on_maps = name == "attention_transfer" or "feature" in name
     sides = zip(*(EDGES_OF_MAPS if on_maps else EDGES_OF_LOGITS), strict=True)
     return [np.array(side, "float32") for side in sides]
 
@@ -437,6 +458,7 @@ GRADIENTS = {
     **dict(zip(LOGITS_IDS, ON_LOGITS, strict=True)),
     "decoupled": (decoupled(LABEL), lambda p, q: decoupled_kl_divergence(p, q, LABEL)),
     "features": (FeatureMeanSquaredError(), lambda a, b: ((a - b) ** 2).mean(axis=1)),
+    "normalized": (FeatureNormalizedMeanSquaredError(), normalized),
     # One channel, so that a gradient that is lost at the largest entry would show.
     "attention": (
         lambda a, b: AttentionTransfer().call(a[..., None], b[..., None]),
@@ -467,7 +489,13 @@ def test_gradients_against_differences(gradients, name):
 
 
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], "bool")
-MASKED = [DIST(), FeatureMeanSquaredError(), AttentionTransfer(), CosineFeatures()]
+MASKED = [
+    DIST(),
+    FeatureMeanSquaredError(),
+    FeatureNormalizedMeanSquaredError(),
+    AttentionTransfer(),
+    CosineFeatures(),
+]
 
 
 def padded(x, padding):
@@ -504,6 +532,11 @@ def test_masked_values():
     expected = np.where(mask, ((double - b) ** 2).mean(axis=-1), 0.0)
     np.testing.assert_allclose(
         called(FeatureMeanSquaredError(), a, b, mask=mask), expected, rtol=1e-5
+    )
+    of_valid = double[mask]
+    expected = np.where(mask, ((double - b) ** 2).mean(axis=-1), 0.0) / of_valid.var(axis=0).mean()
+    np.testing.assert_allclose(
+        called(FeatureNormalizedMeanSquaredError(), a, b, mask=mask), expected, rtol=1e-4
     )
     expected = np.where(mask, cosine_features(double, b), 0.0)
     np.testing.assert_allclose(called(CosineFeatures(), a, b, mask=mask), expected, rtol=1e-4)
@@ -580,6 +613,7 @@ SETTINGS = [
     DIST(3.0, beta=2.0, gamma=0.25),
     StandardizedKLDivergence(3.0),
     FeatureMeanSquaredError(),
+    FeatureNormalizedMeanSquaredError(reduction="sum"),
     AttentionTransfer(reduction=None),
     CosineFeatures(),
 ]

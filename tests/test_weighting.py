@@ -79,3 +79,27 @@ def test_get():
         allocate(Total(), [1.0, 2.0])
     with pytest.raises(dskd_keras.InputError, match=r"weighting temperature: 0\.0 should be a pos"):
         weighting.Softmax(0.0)
+
+
+def test_relative_measures_every_layer_by_its_own_past():
+    strategy = weighting.Relative(momentum=0.9)
+    past, weights = [], None
+    for losses in ([8.0, 1.0], [4.0, 1.0], [4.0, 0.25]):
+        past.append(losses)
+        weights = allocate(strategy, losses)
+        # The exponential mean of what was seen, whose weights sum to 1 from the first step on.
+        shares = 0.9 ** np.arange(len(past))[::-1]
+        relative = np.array(losses) / np.average(past, axis=0, weights=shares)
+        np.testing.assert_allclose(weights, relative / relative.sum(), rtol=1e-5)
+    # The second loss has fallen more of late; its size says nothing.
+    assert weights[0] > weights[1]
+    again = weighting.renamed(strategy, "again")
+    assert again.momentum == 0.9
+    np.testing.assert_allclose(allocate(again, [8.0, 1.0]), [0.5, 0.5], rtol=1e-6)
+    with pytest.raises(dskd_keras.InputError, match=r"momentum: 1\.0 should be"):
+        weighting.Relative(1.0)
+
+
+def test_get_knows_all_names():
+    for name in weighting.names():
+        assert type(weighting.get(name)).__name__.lower() == name

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from dskd_keras import data, models, weighting
+from dskd_keras import data, heads, losses, models, weighting
 from dskd_keras.distiller import Distiller
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
@@ -82,6 +82,9 @@ def distiller_settings(config: ExperimentConfig) -> dict[str, Any]:
         "prediction_weight": config.prediction_weight,
         "deep_prediction_weight": config.deep_prediction_weight,
         "deep_feature_weight": config.deep_feature_weight,
+        "prediction_loss": config.prediction_loss,
+        "feature_loss": config.feature_loss,
+        "head": config.head,
         "weighting": strategy,
         **_METHODS[config.method],
     }
@@ -89,4 +92,10 @@ def distiller_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 def distiller(run: Run, teacher: keras.Model | None, student: keras.Model) -> Distiller:
     """Returns the configured distiller of two models."""
-    return Distiller(teacher, student, **distiller_settings(run.config))
+    settings = distiller_settings(run.config)
+    # Under study: what loses there goes, what wins gets a name of its own.
+    if settings["head"] == "teacher_classifier":
+        settings["head"] = heads.TeacherClassifierHead(teacher)
+    if settings["prediction_loss"] == "kl_divergence_with_labels":
+        settings["prediction_loss"] = losses.KLDivergenceWithLabels(run.config.temperature)
+    return Distiller(teacher, student, **settings)

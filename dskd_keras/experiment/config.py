@@ -11,7 +11,16 @@ from dskd_keras.data import kinds
 from dskd_keras.errors import InputError, wrong
 from dskd_keras.models import catalog
 
-Weighting = Literal["softmax", "proportional", "inverse", "uniform"]
+Weighting = Literal["softmax", "proportional", "inverse", "uniform", "relative"]
+PredictionLoss = Literal[
+    "kl_divergence", "kl_divergence_with_labels", "decoupled_kl_divergence", "dist",
+    "standardized_kl_divergence",
+]  # fmt: skip
+FeatureLoss = Literal[
+    "feature_mean_squared_error", "feature_normalized_mean_squared_error", "cosine_features",
+    "attention_transfer",
+]  # fmt: skip
+Head = Literal["separable", "pointwise", "convolutional", "teacher_classifier"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +53,14 @@ class ExperimentConfig:
         prediction_weight: Coefficient of the divergence of the student's output.
         deep_prediction_weight: Coefficient of the divergences of the shallow layers.
         deep_feature_weight: Coefficient of the feature-map losses of the shallow layers.
-        weighting: How the shallow layers share those two: softmax, proportional, inverse or
-            uniform.
+        deep_supervision: Share of the training in which the shallow layers are supervised; below 1
+            their two coefficients fall to 0 linearly until then.
+        prediction_loss: What compares logits: kl_divergence, or another loss of
+            dskd_keras.losses.
+        feature_loss: What compares feature maps.
+        head: What sits on a supervised layer while the student is trained.
+        weighting: How the shallow layers share those two coefficients: softmax, proportional,
+            inverse, uniform, or relative to what each layer's loss was on average so far.
         weighting_temperature: Of the softmax weighting: a smaller one gives more to the largest
             loss.
         dtype_policy: Precision of the student's training; variables and losses stay float32, and
@@ -99,6 +114,10 @@ class ExperimentConfig:
     prediction_weight: float = 1.0
     deep_prediction_weight: float = 1.0
     deep_feature_weight: float = 1.0
+    deep_supervision: float = 1.0
+    prediction_loss: PredictionLoss = "kl_divergence"
+    feature_loss: FeatureLoss = "feature_mean_squared_error"
+    head: Head = "separable"
     weighting: Weighting = "softmax"
     weighting_temperature: float = 1.0
     dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
@@ -145,6 +164,7 @@ class ExperimentConfig:
             checks.real("teacher_learning_rate", self.teacher_learning_rate, above=0)
         for field in ("momentum", "validation_fraction"):
             checks.real(field, getattr(self, field), least=0, below=1)
+        checks.real("deep_supervision", self.deep_supervision, above=0, most=1)
         checks.real("min_teacher_accuracy", self.min_teacher_accuracy, least=0, most=1)
         if self.nesterov and not self.momentum:
             raise InputError("nesterov: True, but momentum is 0. Nesterov's needs some momentum.")

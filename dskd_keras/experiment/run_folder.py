@@ -20,7 +20,11 @@ _NO_NUMBERS = (
     "pair", "data_dir", "run_dir", "teacher_dir", "seeds", "export", "resume", "checkpoint_steps",
 )  # fmt: skip
 # What a run did that was made before a field was there.
-_BEFORE = {"dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32"}
+_BEFORE = {
+    "dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32",
+    "prediction_loss": "kl_divergence", "feature_loss": "feature_mean_squared_error",
+    "head": "separable", "deep_supervision": 1.0,
+}  # fmt: skip
 # Seconds between two looks at a lock that is waited for.
 _LOOK = 0.5
 

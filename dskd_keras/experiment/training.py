@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from dskd_keras import data, files
-from dskd_keras.callbacks import StopOnNonFiniteLoss, TensorBoardScalars, Throughput
+from dskd_keras.callbacks import FadeOut, StopOnNonFiniteLoss, TensorBoardScalars, Throughput
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
 from dskd_keras.experiment.checkpoints import Checkpoint, Checkpointer, CheckpointFolder
@@ -77,6 +77,10 @@ def train(
     distiller.compile(optimizer(config, steps * config.epochs), **compile_options())
     found = checkpoint_to_resume(run, folder)
     record = _Record(folder / "history.csv", distiller.student, conditions(run.dataset), found)
+    fading = []
+    if config.deep_supervision < 1 and config.method == "dskd":
+        # Before a checkpoint restores coefficients that have fallen already.
+        fading.append(FadeOut(distiller, max(1, round(config.deep_supervision * config.epochs))))
     throughput = Throughput(len(run.dataset.x_train) / steps)
     stop = StopRequest(lambda: run.say("Stopping after this step; once more to stop at once."))
     checkpointer = Checkpointer(
@@ -88,6 +92,7 @@ def train(
         "validation_data": held_out,
         "callbacks": [
             throughput,
+            *fading,
             StopOnNonFiniteLoss(),
             _HistoryFile(record.path),
             TensorBoardScalars(folder / "tensorboard"),

@@ -1,0 +1,1 @@
+"""The study: what deep supervision is worth, cell by cell. `python -m benchmarks.study --help`."""

@@ -1,0 +1,58 @@
+"""Runs a grid of the study: `python -m benchmarks.study small-terms`.
+
+Cells that are kept in benchmarks/results/study/ are not trained again, so that a grid goes on from
+a fresh clone. A cell that was stopped goes on from its last checkpoint, on the same machine.
+"""
+
+import sys
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+
+from benchmarks import timing
+from dskd_commands import startup
+
+
+def main(
+    name: str,
+    at_once: PositiveInt = 2,
+    threads: PositiveInt = 1,
+    only: str | None = None,
+    most: NonNegativeInt | None = None,
+):
+    """Trains what is missing of a grid and writes its table, picture and JSON.
+
+    Args:
+        name: Of a file in benchmarks/study/grids.
+        at_once: Cells side by side.
+        threads: Threads of each. Two cells of one thread are faster than one after the other of
+            two.
+        only: Names of cells, separated by ; to train no others.
+        most: Train so many at most; 0 writes the table of what is there.
+    """
+    startup.set_tensorflow_options()
+    from benchmarks.study import cells, evidence, plan, preparation, tables
+
+    grid = plan.read(name)
+    console = Console(width=140, soft_wrap=True, highlight=False)
+    chosen = grid.all_cells()
+    if only is not None:
+        wanted = [part.strip() for part in only.split(";")]
+        chosen = [cell for cell in chosen if cell.name in wanted]
+    left = [cell for cell in chosen if not cells.is_kept(grid.scale, cell)][:most]
+    failed = []
+    if left:
+        preparation.prepare(grid.scale, at_once * threads, console.print)
+        failed = cells.run(grid.scale, left, at_once, threads, console.print)
+    rows = evidence.rows(grid)
+    console.print(tables.table(grid, rows))
+    for path in tables.write(grid, rows):
+        console.print(f"Written: {path}")
+    for cell, reason in failed:
+        console.print(f"\n{cell.name}, seed {cell.seed}, failed:\n{reason}", markup=False)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    timing.run_command(main)

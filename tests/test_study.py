@@ -1,0 +1,155 @@
+"""The study's own arithmetic and bookkeeping; that its cells train is tested with one of them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.study import cells, evidence, plan, tables
+from dskd_keras.errors import InputError
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("name", plan.names())
+def test_every_grid_has_configurations_that_can_be_run(name):
+    grid = plan.read(name)
+    assert len(grid.all_cells()) == len(grid.seeds) * len(grid.cells)
+    settings = {json.dumps(cells.settings(grid.scale, cell)) for cell in grid.all_cells()}
+    assert len(settings) == len(grid.cells), "two cells are the same"
+
+
+def test_one_name_is_one_setting_at_a_scale():
+    settings = {}
+    for name in plan.names():
+        grid = plan.read(name)
+        for cell, fields in grid.cells.items():
+            assert settings.setdefault((grid.scale.name, cell), fields) == fields
+
+
+def test_the_paired_interval_is_that_of_the_paired_t_test():
+    from scipy import stats
+
+    a, b = np.random.default_rng(0).normal(70, 1, (2, 5))
+    error, interval = evidence.paired(list(a - b))
+    independent = stats.ttest_rel(a, b).confidence_interval(0.95)
+    np.testing.assert_allclose(interval, independent, rtol=1e-12)
+    # 2.776 is Student's t for 4 degrees of freedom in printed tables.
+    assert interval[1] - interval[0] == pytest.approx(2 * 2.7764 * error, rel=1e-4)
+    assert evidence.paired([1.0]) == (None, None)
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(cells, "WORK", tmp_path / "work")
+    grid = plan.read(plan.names()[0])
+    return dataclasses.replace(
+        grid,
+        measured_on="test",
+        baseline="kd",
+        seeds=[0, 1],
+        cells={"kd": {"method": "kd"}, "dskd": {}},
+    )
+
+
+def keep(grid, cell, test, validation=0.5, **settings):
+    path = cell.kept(grid.scale)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics = {
+        "test_accuracy": test,
+        "head_accuracies": {},
+        "seconds": 60.0,
+        "versions": {"keras": "3"},
+    }
+    path.write_text(
+        json.dumps(
+            {
+                "settings": cells.settings(grid.scale, cell) | settings,
+                "validation_accuracy": validation,
+                "metrics": metrics,
+                "history": {},
+            }
+        )
+    )
+
+
+def test_differences_are_to_the_baseline_with_the_same_seed(grid):
+    accuracies = {("kd", 0): 0.60, ("dskd", 0): 0.63, ("kd", 1): 0.70, ("dskd", 1): 0.71}
+    for cell in grid.all_cells():
+        keep(grid, cell, accuracies[cell.name, cell.seed])
+    kd, dskd = evidence.rows(grid)
+    assert (kd.mean, dskd.mean) == (pytest.approx(65), pytest.approx(67))
+    assert dskd.differences == pytest.approx([3, 1]) and dskd.difference == pytest.approx(2)
+    assert dskd.error == pytest.approx(1)
+    assert "| dskd | 67.00 ± 5.66 | 2 | +2.00 | 1.00 |" in tables.markdown(grid, [kd, dskd])
+    for path in tables.write(grid, [kd, dskd]):
+        assert path.stat().st_size > 0
+
+
+def test_a_seed_without_a_baseline_counts_in_the_mean_alone(grid):
+    for cell in grid.all_cells():
+        if (cell.name, cell.seed) != ("kd", 1):
+            keep(grid, cell, 0.6)
+    dskd = evidence.rows(grid)[1]
+    assert (len(dskd.accuracies), len(dskd.differences), dskd.interval) == (2, 1, None)
+
+
+def test_a_name_that_was_kept_with_other_settings_is_refused(grid):
+    cell = grid.all_cells()[1]
+    keep(grid, cell, 0.6, temperature=2.0)
+    with pytest.raises(InputError, match=r"'dskd' has temperature 4.0, but the kept cell .* 2\.0"):
+        cells.is_kept(grid.scale, cell)
+
+
+def test_a_cell_that_is_older_than_a_field_had_its_default(grid):
+    cell = grid.all_cells()[1]
+    keep(grid, cell, 0.6)
+    path = cell.kept(grid.scale)
+    kept = json.loads(path.read_text())
+    del kept["settings"]["teacher_dtype"]
+    path.write_text(json.dumps(kept))
+    assert cells.is_kept(grid.scale, cell)
+    other = dataclasses.replace(cell, fields={"teacher_dtype": "bfloat16"})
+    with pytest.raises(InputError, match=r"teacher_dtype 'bfloat16', but .* 'float32'"):
+        cells.is_kept(grid.scale, other)
+
+
+def test_a_name_that_is_no_grid_lists_the_grids():
+    with pytest.raises(InputError, match=plan.names()[0]):
+        plan.read("large")
+
+
+def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
+    """The whole way but for CIFAR-100: digits, the teacher trained and kept in half precision."""
+    from benchmarks.study import preparation
+
+    scale = dataclasses.replace(
+        grid.scale,
+        classes=1,
+        teacher={"epochs": 1},
+        config={
+            **grid.scale.config,
+            "teacher": "resnet8",
+            "dataset": "digits",
+            "train_examples": 200,
+            "epochs": 2,
+            "augmentation": "none",
+            "image_size": 16,
+        },
+    )
+    said = []
+    preparation.prepare(scale, 1, said.append)
+    assert scale.teacher_weights().stat().st_size < 400_000
+    (cell,) = [cell for cell in grid.all_cells() if (cell.name, cell.seed) == ("dskd", 1)]
+    assert cells.run(scale, [cell], 1, 1, said.append) == []
+    kept = cells.read(cell.kept(scale))
+    assert len(kept["history"]["val_accuracy"]) == 2 and kept["metrics"]["epochs"] == 2
+    assert kept["validation_accuracy"] == pytest.approx(kept["history"]["val_accuracy"][-1])
+    config = yaml.safe_load((tmp_path / "work" / scale.name / "dskd-1/wanted.yaml").read_text())
+    assert config["teacher_weights"] == str(scale.teacher_weights())
+    before = cell.kept(scale).stat().st_mtime_ns
+    assert cells.run(scale, [cell], 1, 1, said.append) == []
+    assert cell.kept(scale).stat().st_mtime_ns == before and "0 are to be trained" in said[-1]
