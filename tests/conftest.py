@@ -3,7 +3,6 @@ from dskd_commands import startup
 # As train.py: the same kernels, and so the same bits, in this process and in those it starts.
 startup.set_tensorflow_options()
 
-import keras  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -17,6 +16,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Not above: workers collect, and the process that starts them needs no backend.
+    import keras
+
     if keras.backend.backend() != "torch":
         for item in items:
             if item.get_closest_marker("once"):
@@ -25,4 +27,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import keras
+
     keras.utils.set_random_seed(0)

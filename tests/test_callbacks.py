@@ -1,7 +1,6 @@
 import csv
 import functools
 import io
-import json
 import os
 import subprocess
 import sys
@@ -397,44 +396,6 @@ def test_tensorboard_without_tensorflow(tmp_path):
     epoch, step = scalars(tmp_path / "train"), scalars(tmp_path / "steps")
     assert step["label_loss"] == pytest.approx({0: epoch["epoch_label_loss"][0]})
     assert step["deep_feature_allocation/stage1"] == {0: 1.0}
-
-
-REPLICAS = """
-import json
-import keras
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
-else:
-    import contextlib, jax
-    scope = contextlib.nullcontext()
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=jax.devices()))
-import dskd_keras, small
-with scope:
-    distiller = dskd_keras.Distiller(
-        small.convnet("teacher"), small.convnet("student", batch_norm=False), ["stage1"],
-    )
-    distiller.compile("sgd", loss=small.crossentropy())
-x, y = small.images(8)
-distiller.fit(x * 0 + 1, y, batch_size=8, epochs=1, verbose=0)  # another step before it
-logits = distiller.student(x)
-steps = []
-callback = keras.callbacks.LambdaCallback(
-    on_train_batch_end=lambda batch, logs: steps.append(distiller.step_terms()["label_loss"])
-)
-distiller.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=[callback])
-print(json.dumps([*steps, float(small.crossentropy()(y, logits))]))
-"""
-
-
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras leaves it to the user there")
-def test_step_terms_are_means_over_all_replicas_images():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    output = run_script(REPLICAS, XLA_FLAGS=flags).strip().splitlines()[-1]
-    found, expected = json.loads(output)
-    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def of_layers(what, layers=LAYERS):

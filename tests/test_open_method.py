@@ -161,17 +161,25 @@ def test_losses_that_take_no_mask_are_refused_where_something_is_padded():
 # Numbers that change while it trains.
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_number_that_is_assigned_changes_the_compiled_step(name):
+def test_a_number_that_is_assigned_changes_the_compiled_step():
     x, y = small.images(6)
     changed = make(temperature=2.0)
-    step(changed, x, y)  # compiles
-    setattr(changed, name, 3.0)
-    changed.reset_metrics()
-    after = step(changed, x, y)
-    assert changed.get_config()[name] == getattr(changed, name) == 3.0
-    fresh = make(**{"temperature": 2.0, name: 3.0})
-    for term, value in step(fresh, x, y).items():
+    before = step(changed, x, y)  # compiles
+    # One after the other, so that one program shows it of all of them. Only a small temperature
+    # changes the loss by more than its rounding.
+    numbers = dict(zip(NAMES, (0.2, 3.0, 4.0, 5.0, 6.0), strict=True))
+    for name, number in numbers.items():
+        setattr(changed, name, number)
+        changed.reset_metrics()
+        after = step(changed, x, y)
+        assert changed.get_config()[name] == getattr(changed, name) == number
+        assert after["loss"] != pytest.approx(before["loss"], rel=1e-3), name
+        if name != "temperature":
+            term = before[name.replace("_weight", "_loss")]
+            expected = before["loss"] + (number - 1.0) * term
+            assert after["loss"] == pytest.approx(expected, rel=1e-4), name
+        before = after
+    for term, value in step(make(**numbers), x, y).items():
         assert after[term] == pytest.approx(value, rel=1e-4), term
 
 
