@@ -87,8 +87,8 @@ def check_logits(field: str, model: keras.Model, output: int = 0) -> None:
     elif end.ending.removable:
         raise InputError(
             f"{field}: '{model.name}' ends in a {end.ending.kind} (layer '{end.ending.layer}'), "
-            f"where logits are expected. Take dskd_keras.as_logits({field}), which has the same "
-            "weights and ends in logits."
+            f"where logits are expected. Take dskd_keras.as_logits({field}), a copy with equal "
+            "weights that ends in logits."
         )
     else:
         raise InputError(f"{field}: {_combined(model, end.ending)}")

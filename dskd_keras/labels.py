@@ -42,12 +42,20 @@ def kind(compiled: Any) -> str | None:
         "regression": _REGRESSION,
     }  # fmt: skip
     loss = keras.losses.get(compiled) if isinstance(compiled, str) else compiled
-    cls = type(loss)
-    if getattr(loss, "__module__", "").startswith("keras.") and hasattr(loss, "__name__"):
-        # One of Keras's functions: its class has the name without underscores.
-        camel = "".join(part.capitalize() for part in loss.__name__.split("_"))
-        cls = getattr(keras.losses, camel, cls)
+    cls = _class_of(loss) or type(loss)
     return next((name for name, classes in kinds.items() if issubclass(cls, classes)), None)
+
+
+def _class_of(loss: Any) -> type | None:
+    """Returns the class that goes with one of Keras's functions, which has its name in camel case."""
+    if not (getattr(loss, "__module__", "").startswith("keras.") and hasattr(loss, "__name__")):
+        return None
+    camel = "".join(part.capitalize() for part in loss.__name__.split("_"))
+    return getattr(keras.losses, camel, None)
+
+
+def _name(loss: Any) -> str:
+    return loss.__name__ if isinstance(loss, type) else type(loss).__name__
 
 
 def check_loss(compiled: Any) -> Any:
@@ -63,9 +71,11 @@ def check_loss(compiled: Any) -> Any:
         from_logits = "crossentropy" not in getattr(loss, "__name__", "")
     if from_logits is False:
         name = getattr(loss, "name", None) or loss.__name__
+        cls = loss if isinstance(loss, keras.losses.Loss) else _class_of(loss)
+        on_logits = _EXAMPLE if cls is None else f"keras.losses.{_name(cls)}(from_logits=True)"
         raise InputError(
             f"loss: '{name}' expects probabilities, but the student gives logits. Use the class "
-            f"with from_logits=True, such as {_EXAMPLE}."
+            f"with from_logits=True: {on_logits}."
         )
     if getattr(loss, "reduction", "mean") not in ("sum_over_batch_size", "mean"):
         raise InputError(

@@ -502,6 +502,12 @@ _LOSSES: dict[str, type[keras.losses.Loss]] = {
 }
 
 
+_ON_MAPS = (
+    "feature_mean_squared_error", "feature_normalized_mean_squared_error", "attention_transfer",
+    "cosine_features",
+)  # fmt: skip
+
+
 def names() -> list[str]:
     """Returns the names of the losses of this module."""
     return list(_LOSSES)
@@ -520,11 +526,15 @@ def get(field: str, identifier: Any) -> keras.losses.Loss | Callable[..., Any]:
         A new loss for a name or a configuration, else the object given.
 
     Raises:
-        InputError: The name is unknown, or the object is no loss.
+        InputError: The name is unknown or of a loss on the other kind, or the object is no loss.
     """
     if isinstance(identifier, str):
-        if identifier not in _LOSSES:
-            raise unknown_name(field, identifier, _LOSSES)
+        choices = [name for name in _LOSSES if (name in _ON_MAPS) == (field == "feature_loss")]
+        if identifier not in choices:
+            raise InputError(
+                f"{unknown_name(field, identifier, choices)} Any keras.losses.Loss is taken as an "
+                "object, such as keras.losses.MeanSquaredError()."
+            )
         return _LOSSES[identifier]()
     loss = identifier
     if isinstance(identifier, dict):

@@ -402,6 +402,11 @@ LABEL_OF_EDGES = np.array([0, 1, 2, 3, 0, -1])
 EQUALS = np.tile(np.array([[1.0, 2.0, 0.5, -1e4]], "float32"), (3, 1))
 
 
+def of_name(name):
+    on_maps = name == "attention_transfer" or "feature" in name
+    return losses.get("feature_loss" if on_maps else "prediction_loss", name)
+
+
 def edges(name):
     """Both sides for a loss of that name."""
     on_maps = name == "attention_transfer" or "feature" in name
@@ -411,7 +416,7 @@ def edges(name):
 
 @pytest.fixture(scope="module")
 def at_edges():
-    cases = {name: (losses.get("loss", name), *edges(name)) for name in losses.names()}
+    cases = {name: (of_name(name), *edges(name)) for name in losses.names()}
     name = "decoupled_kl_divergence"
     cases[name] = (decoupled(LABEL_OF_EDGES), *edges(name))
     # No class varies over the batch, and the last has no probability at all.
@@ -635,7 +640,12 @@ def squared(y_true, y_pred):
 
 def test_get():
     for name in losses.names():
-        loss = losses.get("feature_loss", name)
+        own, other = "prediction_loss", "feature_loss"
+        if "feature" in name or name == "attention_transfer":
+            own, other = other, own
+        loss = losses.get(own, name)
+        with pytest.raises(dskd_keras.InputError, match=rf"^{other}: '{name}' should be a known"):
+            losses.get(other, name)
         assert isinstance(loss, keras.losses.Loss) and loss.name == name
     loss = DIST(2.0)
     assert losses.get("prediction_loss", loss) is loss
@@ -645,9 +655,9 @@ def test_get():
     assert type(losses.get("feature_loss", config)) is keras.losses.MeanAbsoluteError
     with pytest.raises(
         dskd_keras.InputError,
-        match=r"^feature_loss: 'kl_divergense' .*Did you mean 'kl_divergence'",
+        match=r"^prediction_loss: 'kl_divergense' .*Did you mean 'kl_divergence'.* as an object",
     ):
-        losses.get("feature_loss", "kl_divergense")
+        losses.get("prediction_loss", "kl_divergense")
     for wrong in (None, 4.0, KLDivergence, {"a": 1}):
         with pytest.raises(
             dskd_keras.InputError, match=r"^prediction_loss: .* should be one of kl_divergence, bin"
