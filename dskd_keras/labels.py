@@ -47,7 +47,7 @@ def kind(compiled: Any) -> str | None:
 
 
 def _class_of(loss: Any) -> type | None:
-    """Returns the class that goes with one of Keras's functions, which has its name in camel case."""
+    """Returns the class of one of Keras's functions, which has its name in camel case."""
     if not (getattr(loss, "__module__", "").startswith("keras.") and hasattr(loss, "__name__")):
         return None
     camel = "".join(part.capitalize() for part in loss.__name__.split("_"))

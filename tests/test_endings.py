@@ -196,7 +196,7 @@ def test_an_ending_is_found_and_taken_off(case):
         check_logits("teacher", model)
     assert str(error.value) == (
         f"teacher: 'classifier' ends in a {found.kind} (layer '{seen.layer}'), where logits are "
-        "expected. Take dskd_keras.as_logits(teacher), which has the same weights and ends in "
+        "expected. Take dskd_keras.as_logits(teacher), a copy with equal weights that ends in "
         "logits."
     )
     # No part of this has run the model.
