@@ -4,6 +4,7 @@ Cells that are kept in benchmarks/results/study/ are not trained again, so that 
 a fresh clone. A cell that was stopped goes on from its last checkpoint, on the same machine.
 """
 
+import os
 import sys
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -30,7 +31,8 @@ def main(
         only: Names of cells, separated by ; to train no others.
         most: Train so many at most; 0 writes the table of what is there.
     """
-    startup.set_tensorflow_options()
+    if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+        startup.import_tensorflow()  # without what it says of every processor
     from benchmarks.study import cells, evidence, plan, preparation, tables
 
     grid = plan.read(name)
