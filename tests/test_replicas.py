@@ -63,9 +63,8 @@ print(json.dumps({"one": one, "two": two, "step": found, "expected": expected}))
 """
 
 
-@pytest.fixture(scope="module")
-def answers():
-    """One process answers both: its start and the compiled step take most of the time."""
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras leaves it to the user there")
+def test_two_devices_train_as_one_does_and_step_terms_are_means_over_all_images():
     here = Path(__file__).parent
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     environment = {
@@ -76,17 +75,9 @@ def answers():
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras leaves it to the user there")
-def test_two_devices_train_as_one_does(answers):
+    answers = json.loads(done.stdout.strip().splitlines()[-1])
     one, two = answers["one"], answers["two"]
     assert set(one) == set(two)
     for name, values in one.items():
         assert two[name] == pytest.approx(values, rel=1e-4), name
-
-
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras leaves it to the user there")
-def test_step_terms_are_means_over_all_replicas_images(answers):
     assert answers["step"] == pytest.approx([answers["expected"]], rel=1e-5)

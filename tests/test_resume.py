@@ -39,7 +39,7 @@ MOMENTS = [
     "student:trained:0", "student:saved:0", "student:evaluated:0",
 ]  # fmt: skip
 # Where every process compiles its steps anew.
-FEWER_MOMENTS = ["teacher:step:3", "student:half:6", "student:step:7"]
+FEWER_MOMENTS = ["teacher:step:3", "student:step:7"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.once
 def test_every_grid_has_configurations_that_can_be_run(name):
     grid = plan.read(name)
     assert len(grid.all_cells()) == len(grid.seeds) * len(grid.cells)
+    assert len(plan.smoke(grid).all_cells()) == len(grid.cells)
     settings = {json.dumps(cells.settings(grid.scale, cell)) for cell in grid.all_cells()}
     assert len(settings) == len(grid.cells), "two cells are the same"
 

@@ -6,6 +6,8 @@ a fresh clone. A cell that was stopped goes on from its last checkpoint, on the 
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
@@ -20,6 +22,7 @@ def main(
     threads: PositiveInt = 1,
     only: str | None = None,
     most: NonNegativeInt | None = None,
+    smoke: bool = False,
 ):
     """Trains what is missing of a grid and writes its table, picture and JSON.
 
@@ -30,12 +33,16 @@ def main(
             two.
         only: Names of cells, separated by ; to train no others.
         most: Train so many at most; 0 writes the table of what is there.
+        smoke: Train every cell for two steps in a temporary folder and keep nothing: does it run?
     """
     if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         startup.import_tensorflow()  # without what it says of every processor
     from benchmarks.study import cells, evidence, plan, preparation, tables
 
     grid = plan.read(name)
+    if smoke:
+        grid = plan.smoke(grid)
+        plan.KEPT = cells.WORK = Path(tempfile.mkdtemp(prefix="study-"))
     console = Console(width=140, soft_wrap=True, highlight=False)
     chosen = grid.all_cells()
     if only is not None:

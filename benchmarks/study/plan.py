@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dskd_keras.errors import InputError, unknown_name, wrong
+from dskd_keras.experiment import command_line
 from dskd_keras.experiment.config import ExperimentConfig
 
 _HERE = Path(__file__).parent
@@ -22,7 +23,7 @@ class Scale:
         about: One line.
         classes: Keep the classes whose label is a multiple of this number; 1 keeps all.
         teacher: Fields in which the training of the teacher differs from that of the students.
-        config: The students' configuration.
+        config: The students' configuration; a pair stands for what its file in configs/ holds.
     """
 
     name: str
@@ -98,8 +99,7 @@ def read(name: str) -> Grid:
     if name not in names():
         raise unknown_name("name", name, names())
     content = _read(_HERE / "grids" / f"{name}.yaml", Grid)
-    scale = content["scale"]
-    content["scale"] = Scale(name=scale, **_read(_HERE / "scales" / f"{scale}.yaml", Scale))
+    content["scale"] = _read_scale(content["scale"])
     grid = Grid(name=name, **content)
     if grid.measured_on not in ("validation", "test"):
         raise wrong("measured_on", grid.measured_on, "validation or test")
@@ -108,6 +108,30 @@ def read(name: str) -> Grid:
     for fields in ({}, *grid.cells.values()):
         configuration(grid.scale, fields)  # refused before anything is trained
     return grid
+
+
+def _read_scale(name: str) -> Scale:
+    content = _read(_HERE / "scales" / f"{name}.yaml", Scale)
+    config = content["config"]
+    if "pair" in config:
+        file = command_line.pair_files()[config["pair"]]
+        content["config"] = yaml.safe_load(file.read_text(encoding="utf-8")) | config
+    return Scale(name=name, **content)
+
+
+def smoke(grid: Grid) -> Grid:
+    """Returns a grid whose cells train for two steps, with one seed, on few images."""
+    shortened = {
+        "epochs": 1,
+        "train_examples": 2 * grid.scale.config["batch_size"],
+        "min_teacher_accuracy": 0.0,
+    }
+    scale = dataclasses.replace(
+        grid.scale,
+        teacher={**grid.scale.teacher, "epochs": 1},
+        config=grid.scale.config | shortened,
+    )
+    return dataclasses.replace(grid, scale=scale, seeds=grid.seeds[:1])
 
 
 def _read(path: Path, kind: type) -> dict[str, Any]:
@@ -134,5 +158,8 @@ def configuration(scale: Scale, fields: dict[str, Any], **more: Any) -> Experime
 
 def teacher_cell(scale: Scale) -> Cell:
     """Returns the cell that trains a scale's teacher: its student is the teacher."""
-    fields = {"method": "ce", "student": scale.config["teacher"], **scale.teacher}
-    return Cell("teacher", fields.pop("seed", 0), fields)
+    fields = {"method": "ce", "student": scale.config["teacher"]}
+    for field in ("epochs", "learning_rate"):
+        if scale.config.get(f"teacher_{field}") is not None:
+            fields[field] = scale.config[f"teacher_{field}"]
+    return Cell("teacher", scale.config.get("teacher_seed", 0), fields | scale.teacher)
