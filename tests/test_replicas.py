@@ -64,7 +64,7 @@ print(json.dumps({"one": one, "two": two, "step": found, "expected": expected}))
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras leaves it to the user there")
-def test_two_devices_train_as_one_does_and_step_terms_are_means_over_all_images():
+def test_two_devices_train_as_one_does():
     here = Path(__file__).parent
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     environment = {
