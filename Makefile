@@ -12,7 +12,7 @@ JAX := KERAS_BACKEND=jax \
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
-.PHONY: demo check test lint graph coverage clean
+.PHONY: demo check test lint docs graph coverage clean
 
 demo: .venv/ready
 	$(VENV)/python train.py --pair resnet20_resnet8
@@ -23,10 +23,10 @@ demo: .venv/ready
 		student.output_shape)"
 
 # While working: what can break, on the backend that compiles nothing.
-check: lint
+check: lint docs
 	$(TORCH) $(VENV)/python -m pytest $(PARALLEL) -m "not slow"
 
-test: lint
+test: lint docs
 	KERAS_BACKEND=tensorflow $(VENV)/python -m pytest $(PARALLEL)
 	$(JAX) $(VENV)/python -m pytest $(PARALLEL)
 	$(TORCH) $(VENV)/python -m pytest $(PARALLEL)
@@ -36,6 +36,10 @@ lint: .venv/ready
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 	@$(VENV)/python tests/import_graph.py | tail -1
+
+# The pages and the reference, into site/. A broken link is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --quiet --strict
 
 # The modules of the package, floor by floor, with what each imports.
 graph: .venv/ready
