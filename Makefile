@@ -21,6 +21,8 @@ demo: .venv/ready
 		student = keras.models.load_model('runs/resnet20_resnet8/dskd/seed-0/student.keras'); \
 		print('Loaded again without dskd_keras:', student.name, student.input_shape, '->', \
 		student.output_shape)"
+	@echo "Compare with plain distillation:  $(VENV)/python train.py --pair resnet20_resnet8 --method kd"
+	@echo "A model of your own:              docs/getting-started.md"
 
 # While working: what can break, on the backend that compiles nothing.
 check: lint docs

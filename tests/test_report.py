@@ -22,7 +22,7 @@ from rich.console import Console
 
 from dskd_keras import drawing, report
 from dskd_keras.errors import InputError
-from dskd_keras.report import RunResult, confusion, curves, layers, reading, results_table
+from dskd_keras.report import RunResult, confusion, curves, gained, layers, reading, results_table
 from dskd_keras.report.command import main
 
 pytestmark = pytest.mark.once
@@ -479,3 +479,19 @@ def printed(results):
     console = Console(width=110, file=io.StringIO(), highlight=False)
     console.print(results_table("title", results))
     return console.file.getvalue()
+
+
+@pytest.mark.once
+def test_one_sentence_sets_the_student_beside_its_teacher():
+    teacher = RunResult("teacher", "resnet20", 9, 0.9, latency_ms=4.0, weight_bytes=400)
+    students = [
+        RunResult("dskd", "resnet8", 3, accuracy, latency_ms=1.0, weight_bytes=100, seed=seed)
+        for seed, accuracy in enumerate((0.86, 0.88))
+    ]
+    assert gained([teacher, *students]) == (
+        "resnet8 takes 0.25 of the memory of resnet20, answers in 0.25 of its time and is "
+        "3.00 points less accurate."
+    )
+    better = RunResult("dskd", "resnet8", 3, 0.91)
+    assert gained([teacher, better]) == "resnet8 is 1.00 points more accurate."
+    assert gained(students) is None and gained([teacher]) is None

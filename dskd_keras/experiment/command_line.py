@@ -1,7 +1,9 @@
 """Reads a configuration dataclass from a command's flags and YAML files, without Keras."""
 
+import argparse
 import copy
 import dataclasses
+import shutil
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,21 @@ from dskd_keras.errors import InputError, unknown_name, wrong
 from dskd_keras.experiment.config import ExperimentConfig
 
 Config = TypeVar("Config", bound=ExperimentConfig)
+
+# The groups of `--help`, by the first field of each.
+_GROUPS = {
+    "teacher": "models", "dataset": "data", "student_layers": "objective",
+    "dtype_policy": "training", "teacher_weights": "the teacher", "run_dir": "files",
+    "tuner": "search", "ranges.temperature": "what is searched",
+    "search_seed": "how the search goes",
+}  # fmt: skip
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Says the default of each field, and choices where there are some, but not its type."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(110, shutil.get_terminal_size()[0]))
 
 
 def parse(config_class: type[Config], argv: Sequence[str], command: str) -> Config:
@@ -87,17 +104,22 @@ def pair_files() -> dict[str, Path]:
 def _parser(config_class: type[Config], command: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=command,
+        usage=f"{command} --pair NAME [--FIELD VALUE ...]",
+        formatter_class=_HelpFormatter,
         description=(config_class.__doc__ or "").partition("\n")[0],
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="A YAML file with any of these fields.")
     parser.add_argument("--print_config", action="store_true", help="Show the result as YAML.")
-    _add_fields(parser, config_class, "--")
+    _add_fields(parser, parser, config_class, "")
     return parser
 
 
-def _add_fields(parser: jsonargparse.ArgumentParser, config_class: type, prefix: str) -> None:
+def _add_fields(
+    parser: jsonargparse.ArgumentParser, group: Any, config_class: type, prefix: str
+) -> Any:
+    """Adds a dataclass's fields to their groups; returns the group of the last one."""
     # Field by field: `add_class_arguments` looks for all kinds of classes, in twice the time.
     helps: dict[str, str | None] = {}
     for base in reversed(config_class.__mro__):
@@ -106,19 +128,44 @@ def _add_fields(parser: jsonargparse.ArgumentParser, config_class: type, prefix:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(kind := hints[field.name]):
-            _add_fields(parser, typing.cast(type, kind), f"{prefix}{field.name}.")
+            group = _add_fields(parser, group, typing.cast(type, kind), f"{prefix}{field.name}.")
             continue
+        name = f"{prefix}{field.name}"
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
         options: dict[str, Any] = {"required": True}
         if field.default is not dataclasses.MISSING:
             options = {"default": field.default}
         elif field.default_factory is not dataclasses.MISSING:
             options = {"default": field.default_factory()}
         text = " ".join((helps.get(field.name) or "").split())
-        if _of_list(kind) is not None:
-            options["metavar"] = "ITEM ..."
-        action = parser.add_argument(f"{prefix}{field.name}", type=kind, help=text, **options)
+        if "default" in options and options["default"] is not None:
+            text += f" Default: {_shown(options['default'])}."
+        options["metavar"] = _placeholder(kind)
+        action = group.add_argument(f"--{name}", type=kind, help=text, **options)
         # Without the form that appends to a list, `--seeds+`: a list is given as a whole.
         action.option_strings = action.option_strings[:1]
+    return group
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _placeholder(kind: Any) -> str:
+    """Returns what stands for a value in the help."""
+    item = _of_list(kind)
+    if item is not None:
+        return f"{_placeholder(item)} ..."
+    if typing.get_origin(kind) is Literal:
+        return f"{{{','.join(typing.get_args(kind))}}}"
+    if isinstance(kind, UnionType):
+        return _placeholder(typing.get_args(kind)[0])
+    return {int: "N", float: "X", bool: "{true,false}"}.get(kind, "TEXT")
 
 
 def _kinds(config_class: type) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def run(
             stack.enter_context(run_folder.claimed("run_dir", folder, run.say))
         results = _train(run, folders)
     console.print(report.results_table(f"{run.dataset.name}, {config.method}", results))
+    if (sentence := report.gained(results)) is not None:
+        console.print(sentence)
     for folder in folders.values():
         console.print(f"Student: {folder / 'student.keras'}")
     console.print(f"Report: {report.write([config.folder()])}")

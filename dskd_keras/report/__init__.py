@@ -12,13 +12,14 @@ from dskd_keras._lazy import attach
 if TYPE_CHECKING:
     from dskd_keras.report.page import write
     from dskd_keras.report.run_result import RunResult
-    from dskd_keras.report.table import console, results_table
+    from dskd_keras.report.table import console, gained, results_table
 
-__all__ = ["RunResult", "console", "results_table", "write"]
+__all__ = ["RunResult", "console", "gained", "results_table", "write"]
 
 _HOMES = {
     "RunResult": "run_result",
     "console": "table",
+    "gained": "table",
     "results_table": "table",
     "write": "page",
 }

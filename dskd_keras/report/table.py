@@ -54,6 +54,35 @@ def results_table(title: str, results: Iterable[RunResult]) -> Table:
     return table
 
 
+def gained(results: Iterable[RunResult]) -> str | None:
+    """Returns a sentence on the student beside its teacher, None where there is not one of each.
+
+    Args:
+        results: Those of one run; the seeds of its student are averaged.
+    """
+    rows = by_row(results)
+    teachers = [row for row in rows if row[0].method == "teacher"]
+    students = [row for row in rows if row[0].method != "teacher"]
+    if len(teachers) != 1 or len(students) != 1:
+        return None
+    parts = []
+    for field, text in (
+        ("weight_bytes", "takes {:.2f} of the memory of {}"),
+        ("latency_ms", "answers in {:.2f} of its time"),
+    ):
+        of_teacher, of_student = (known(row, field) for row in (teachers[0], students[0]))
+        if of_teacher and of_student:
+            ratio = statistics.mean(of_student) / statistics.mean(of_teacher)
+            parts.append(text.format(ratio, teachers[0][0].model))
+    accuracies = [
+        statistics.mean(known(row, "test_accuracy")) for row in (students[0], teachers[0])
+    ]
+    points = 100 * (accuracies[0] - accuracies[1])
+    parts.append(f"is {abs(points):.2f} points {'less' if points < 0 else 'more'} accurate")
+    listed = ", ".join(parts[:-1])
+    return f"{students[0][0].model} {f'{listed} and ' if listed else ''}{parts[-1]}."
+
+
 def console() -> Console:
     """Returns a console for tables and for messages that hold paths."""
     # What goes to a file or a pipe is read in a wider window than the 80 columns that rich assumes.
