@@ -46,7 +46,7 @@ def test_the_paired_interval_is_that_of_the_paired_t_test():
 def grid(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(cells, "WORK", tmp_path / "work")
-    grid = plan.read(plan.names()[0])
+    grid = plan.read("small-terms")
     return dataclasses.replace(
         grid,
         measured_on="test",
