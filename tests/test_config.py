@@ -129,6 +129,10 @@ PAIR = ("--pair", "resnet20_resnet8")
         ([*PAIR, "--decay_at", "150"], "decay_at: [150.0] should be shares of the training"),
         ([*PAIR, "--nesterov", "--momentum", "0"], "nesterov: True, but momentum is 0"),
         ([*PAIR, "--student_layers"], "student_layers: empty, but method is dskd"),
+        (
+            [*PAIR, "--teacher_layer", "[stage1, stage2, stage3]"],
+            "teacher_layer: 3 layers, but there are 2 student_layers. Name one for all, or one for",
+        ),
         ([*PAIR, "--config", "nowhere.yaml"], "config: can't read 'nowhere.yaml'"),
         (["stray", *PAIR], "option: 'stray' should be a known name"),
         ([*PAIR, "stray"], "pair: 'resnet20_resnet8 stray' should be one value."),
@@ -162,6 +166,16 @@ def test_bad_files(tmp_path, text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_one_teacher_layer_or_one_for_each(tmp_path):
+    assert read(*PAIR, "--teacher_layer", "stage3").teacher_layer == "stage3"
+    each = ["stage1", "stage2"]
+    assert read(*PAIR, "--teacher_layer", *each).teacher_layer == each
+    file = tmp_path / "mine.yaml"
+    for layers in ("stage3", each):
+        file.write_text(f"teacher_layer: {layers}\n")
+        assert read(*PAIR, "--config", str(file)).teacher_layer == layers
+
+
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
         read("--help")
@@ -169,7 +183,8 @@ def test_help_explains_every_field(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(ExperimentConfig):
         assert f"--{field.name} " in text
-    assert "A run for each; all share the teacher." in text
+    assert "A run for each; all share the teacher. Default: 0." in text
+    assert "objective: --student_layers TEXT ..." in text and "files: --run_dir TEXT" in text
 
 
 def test_what_is_shown_is_what_is_run(capsys, tmp_path):

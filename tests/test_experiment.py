@@ -386,6 +386,8 @@ def test_the_teacher_is_folded_before_it_teaches(finished, images):
     # A convolution whose own output is to teach stays what it is.
     kept = ready(teacher_layer="stem_conv")
     assert kept.get_layer("stem_conv").bias is None and kept.get_layer("stem_bn").gamma is not None
+    kept = ready(teacher_layer=["stem_conv", "stage1"], student_layers=["stage1", "stage2"])
+    assert kept.get_layer("stem_conv").bias is None
     assert ready(teacher_dtype="bfloat16").get_layer("stem_bn").compute_dtype == "bfloat16"
     teacher.get_layer("stem_bn").gamma.assign(np.full(16, 1e8, "float32"))
     with pytest.raises(InputError, match=r"^teacher_dtype: weight 'stem_bn/kernel'.*float16\.$"):

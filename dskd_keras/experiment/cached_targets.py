@@ -86,7 +86,10 @@ def fixed_views(dataset: ImageDataset, count: int, augmentation: str) -> FixedVi
 
 
 def key(
-    teacher: keras.Model, layer: str | None, dataset: ImageDataset, augmentation: str | None
+    teacher: keras.Model,
+    layer: list[str] | str | None,
+    dataset: ImageDataset,
+    augmentation: str | None,
 ) -> str:
     """Returns a short hex string that stands for everything that shapes the outputs of a view."""
     digest = hashlib.blake2b(digest_size=6)

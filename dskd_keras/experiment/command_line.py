@@ -196,7 +196,12 @@ def _split(argv: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
         while rest and not equals and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         kind = kinds.get(name)
-        if _of_list(kind) is not None and not (values and values[0].startswith(("[", "null"))):
+        # A field may take one name or a list of them.
+        takes_one = isinstance(kind, UnionType) and str in typing.get_args(kind)
+        is_whole = (takes_one and len(values) == 1) or (
+            values and values[0].startswith(("[", "null"))
+        )
+        if _of_list(kind) is not None and not is_whole:
             flags[name] = f"[{', '.join(values)}]"
         elif name == "print_config" or (kind is bool and not values):
             flags[name] = "true"

@@ -46,8 +46,8 @@ class ExperimentConfig:
             another class.
         student_layers: The student's shallow layers that dskd supervises; auto is the last one of
             each resolution before the last.
-        teacher_layer: The teacher's layer that supervises them. Default: the last feature map
-            before the pooling.
+        teacher_layer: The teacher's layer that supervises them, or one for each of them. Default:
+            the last feature map before the pooling.
         temperature: Softens the logits of teacher and student.
         label_weight: Coefficient of the loss on the labels.
         prediction_weight: Coefficient of the divergence of the student's output.
@@ -108,7 +108,7 @@ class ExperimentConfig:
     validation_fraction: float = 0.0
     augmentation: Literal["auto", "crop_flip", "crop", "none"] = "auto"
     student_layers: list[str] = dataclasses.field(default_factory=lambda: ["stage1", "stage2"])
-    teacher_layer: str | None = None
+    teacher_layer: list[str] | str | None = None
     temperature: float = 4.0
     label_weight: float = 1.0
     prediction_weight: float = 1.0
@@ -183,6 +183,16 @@ class ExperimentConfig:
             raise InputError(
                 f"export: {', '.join(self.export)}, but dtype_policy is {self.dtype_policy}. Only "
                 "a float32 student can be exported: choose dtype_policy float32, or no export."
+            )
+        if (
+            self.method == "dskd"
+            and isinstance(self.teacher_layer, list)
+            and self.student_layers != ["auto"]
+            and len(self.teacher_layer) != len(self.student_layers)
+        ):
+            raise InputError(
+                f"teacher_layer: {len(self.teacher_layer)} layers, but there are "
+                f"{len(self.student_layers)} student_layers. Name one for all, or one for each."
             )
         if self.method == "dskd" and not self.student_layers:
             raise InputError(

@@ -44,7 +44,11 @@ def run(
     built = build.distiller(run, build.create_teacher(run), build.create_student(run))
     if built.teacher_layer is not None and built.student_layers:
         layers = ", ".join(built.student_layers)
-        run.say(f"The teacher's layer {built.teacher_layer} supervises the student's {layers}.")
+        if isinstance(built.teacher_layer, str):
+            run.say(f"The teacher's layer {built.teacher_layer} supervises the student's {layers}.")
+        else:
+            of_teacher = ", ".join(built.teacher_layer)
+            run.say(f"The teacher's layers {of_teacher} supervise the student's {layers}.")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.disk_errors_in_one_line(config.folder()))
         for folder in folders.values():

@@ -85,7 +85,8 @@ def ready_to_teach(run: Run, model: keras.Model) -> keras.Model:
     config = run.config
     if not config.fold_teacher:
         return model
-    keep = [] if config.teacher_layer is None else [config.teacher_layer]
+    layer = config.teacher_layer
+    keep = layer if isinstance(layer, list) else [] if layer is None else [layer]
     try:
         return fold_batch_norm(model, config.teacher_dtype, keep)
     except InputError as error:
