@@ -45,6 +45,33 @@ def check_writable(field: str, folder: Path) -> None:
         raise InputError(f"{field}: can't write to '{folder}': {error.strerror}.") from None
 
 
+def read_text(field: str, path: Path, most_bytes: int) -> str:
+    """Returns what a text file holds.
+
+    Args:
+        field: What an error calls the file.
+        path: The file.
+        most_bytes: What it may have at most.
+
+    Raises:
+        InputError: It can't be read, is larger, or no file of text.
+    """
+    try:
+        # A pipe may never end, nor may a device.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{field}: '{path}' should be a regular file.")
+        with open(path, "rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{field}: can't read '{path}': {error.strerror}.") from None
+    if len(content) > most_bytes:
+        raise InputError(f"{field}: '{path}' should be a file of at most {most_bytes:,} bytes.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{field}: '{path}' should be a text file.") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
     write_bytes(path, text.encode())

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from dskd_keras import yaml_files
 from dskd_keras.errors import InputError
 from dskd_keras.report.run_result import RunResult, by_row, known
 
@@ -214,27 +215,23 @@ def _read_seed(folder: Path, method: str, seed: int) -> SeedRun:
     parts: list[Any] = []
     problems = []
     readers: dict[str, tuple[Callable[[Path], Any], Any]] = {
-        "config.yaml": (_read_config, {}),
+        "config.yaml": (functools.partial(yaml_files.read, "config"), {}),
         "history.csv": (_read_history, {"epoch": np.empty(0)}),
         "metrics.json": (RunResult.read, None),
         "confusion.csv": (_read_confusion, None),
     }
     for name, (read, otherwise) in readers.items():
         parts.append(otherwise)
-        if (folder / name).exists():
+        path = folder / name
+        if path.exists() or path.is_symlink():
             try:
-                parts[-1] = read(folder / name)
-            except (OSError, ValueError, yaml.YAMLError, csv.Error):
+                if not path.is_file():
+                    raise ValueError("a pipe may never end, nor may a device")
+                parts[-1] = read(path)
+            except (OSError, ValueError, csv.Error):
                 problems.append(f"{method}/seed-{seed}/{name} is damaged and was passed over.")
     config, history, result, confusion = parts
     return SeedRun(folder, method, seed, config, history, result, confusion, tuple(problems))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError("not a mapping")
-    return config
 
 
 def _read_history(path: Path) -> dict[str, np.ndarray]:

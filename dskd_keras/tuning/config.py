@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dskd_keras import checks
 from dskd_keras.data import kinds
 from dskd_keras.errors import InputError, unknown_name, wrong
-from dskd_keras.experiment.config import ExperimentConfig, Weighting
+from dskd_keras.experiment.config import MOST_SEED, ExperimentConfig, Weighting
 
 _NUMBERS = "two positive numbers, from and to"
 _RULES = {"weighting": "a list of names", "student_layers": "a list of lists of layers"}
@@ -132,7 +132,9 @@ class SearchConfig(ExperimentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole(1, "max_trials", "trial_epochs", "max_failures")
-        self.check_whole(0, "search_seed", "cached_views", "workers")
+        self.check_whole(0, "cached_views", "workers")
+        # KerasTuner takes 0 for none, so that it is given one more.
+        self.check_whole(0, "search_seed", most=MOST_SEED - 1)
         for name in ("chief_timeout", "worker_timeout"):
             checks.real(name, getattr(self, name), above=0)
         if not self.validation_fraction:
