@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dskd_keras.errors import ExportError, InputError, TrainingError
+from dskd_keras.errors import ExportError, InputError, TrainingError, printable
 
 
 def answer(work: Callable[[], object]) -> int:
@@ -31,7 +31,7 @@ def answer(work: Callable[[], object]) -> int:
         except SystemExit:
             if not output.failed():
                 raise
-            status = 1
+            status = 0
         if output.failed():
             status = status or _fail(f"standard output: {output.reason()}.", 1)
     return status
@@ -51,12 +51,8 @@ def _status(work: Callable[[], object]) -> int:
 
 def _fail(message: object, status: int) -> int:
     # Names come from anywhere: a terminal shows them and obeys none.
-    line = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in str(message)
-    )
     with contextlib.suppress(OSError):
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(str(message))}", file=sys.stderr)
     return status
 
 

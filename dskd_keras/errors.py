@@ -31,6 +31,18 @@ class ExportError(RuntimeError):
     """
 
 
+def printable(text: str) -> str:
+    """Returns a text in one line, with what a terminal would obey as Python writes it.
+
+    Args:
+        text: Any text; bytes that are no UTF-8 may be surrogates in it.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def wrong(field: str, value: object, rule: str) -> InputError:
     """Returns the error for a value that breaks a rule.
 

@@ -12,7 +12,8 @@ import grimp
 # From the ground up: a module may import from its own floor and from those below.
 FLOORS = {
     "ground": (
-        "_lazy", "answering", "checks", "errors", "files", "progress", "startup", "yaml_files",
+        "_lazy", "answering", "checks", "csv_cells", "errors", "files", "progress", "startup",
+        "yaml_files",
     ),
     "method": (
         "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",

@@ -136,11 +136,14 @@ def main():
     answers = os.fdopen(os.dup(1), "w")
     for module in MODULES:
         importlib.import_module(module)
+    import keras
+
     from dskd_keras import Distiller, models
 
     # What is imported when it is first needed.
     teacher, student = (models.create("resnet8", 3, (8, 8, 3)) for _ in range(2))
     Distiller(teacher, student, ["stage1"])
+    keras.models.clone_model(student)  # imports TensorFlow, where there is one
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

@@ -24,7 +24,7 @@ RUN = (
     "--teacher_dir", "teachers",
 )  # fmt: skip
 CE = (*RUN, "--method", "ce")
-SEARCH = (*CE, "--max_trials", "1")
+SEARCH = (*CE, "--max_trials", "1", "--validation_fraction", "0.25")
 LONG = "n" * 300
 UNDECODABLE = "caf\udce9"
 # In a seed's folder.
@@ -434,6 +434,208 @@ def run_folders():
                                         writes=("run",))  # fmt: skip
 
 
+def reports():
+    """What the report is given."""
+    report = functools.partial(Case, command="report")
+    made = ("run",)  # pictures and the page
+    for target, make in {
+        "/dev/full": finished(), "/dev/null": finished(), "pipe": both(finished(), fifo("pipe")),
+        "link": both(finished(), lambda folder: (folder / "link").symlink_to("/dev/full")),
+    }.items():  # fmt: skip
+        says = f"output: '{target}' is no regular file"
+        yield f"report to {target}", report(("run", "--output", target), says, make)
+    for target, says in {
+        "/new/page.html": "output: there is no folder '/new'",
+        "new/deep/page.html": "output: there is no folder 'new/deep'",
+        "images.npz/page.html": "output: there is no folder 'images.npz'",
+        "run": "output: 'run' is a folder",
+        "/proc/page.html": "output: can't write",
+        "": "output: '' should be a path",
+        LONG: "output: ",
+        UNDECODABLE: "output: 'caf\\udce9' should be",
+        "\x1b[31m": "output: '\\x1b[31m' should be",
+    }.items():  # fmt: skip
+        writes = made if "/proc" in target else ()
+        yield f"report to {target[:20]}", report(("run", "--output", target), says, finished(),
+                                                 writes=writes)  # fmt: skip
+    for argv, says in (
+        ((), "the following arguments are required: RUN_DIR"),
+        (("run", "--title", "x"), "unrecognized arguments: --title x"),
+        (("run", "--output"), "--output: expected one argument"),
+        (("images.npz",), "run_dir: 'images.npz' is a file"),
+        (("",), "run_dir: '' should be a path"),
+        ((LONG,), "run_dir: "),
+        ((UNDECODABLE,), "run_dir: "),
+        (("/dev/null",), "run_dir: '/dev/null' is a file"),
+        (("none\x1b[31m",), "run_dir: 'none\\x1b[31m' should be"),
+    ):
+        yield f"report {' '.join(argv)[:20]!r}", report(argv, says, finished())
+    # What is damaged is passed over, and said in the page and the table.
+    for name, make in {
+        "metrics.json of brackets": finished(metrics_json="[" * 100_000),
+        "metrics.json of 750 %": metrics(test_accuracy=7.5),
+        "metrics.json with escapes": metrics(model="\x1b[31mred"),
+        "config.yaml of brackets": finished(config_yaml="[" * 3000),
+        "config.yaml of aliases": finished(config_yaml=bomb()),
+        "confusion.csv of letters": finished(confusion_csv="x,a,b\na,x,0\nb,0,1\n"),
+        "confusion.csv of large numbers": finished(
+            confusion_csv=f"x,a,b\na,{'9' * 30},0\nb,0,1\n"),
+        "confusion.csv of a long number": finished(
+            confusion_csv=f"x,a,b\na,{'9' * 5000},0\nb,0,1\n"),
+        "confusion.csv of bytes": finished(confusion_csv="\0\0"),
+        "confusion.csv of a large cell": finished(confusion_csv="x" * 200_000),
+        "history.csv of nothing": finished(history_csv=""),
+        "history.csv of bytes": finished(history_csv="\0\1epoch"),
+        "history.csv of a large cell": finished(history_csv="x" * 200_000 + "\n"),
+        "history.csv of large epochs": finished(history_csv="epoch,loss\n1e308,1\n"),
+        "history.csv of large numbers": finished(
+            history_csv="epoch,loss,val_accuracy\n1,1e308,-7e307\n"),
+        "history.csv without epochs": finished(history_csv="loss\n1\n"),
+        "metrics.json as a pipe": both(finished(metrics_json=None), fifo(f"{SEED}/metrics.json")),
+        "config.yaml as a folder": both(
+            finished(config_yaml=None), file(f"{SEED}/config.yaml/x", "")),
+        "metrics.json in a circle": both(finished(metrics_json=None), lambda folder: (
+            folder / SEED / "metrics.json").symlink_to("metrics.json")),
+    }.items():  # fmt: skip
+        yield f"report: {name}", report(("run",), "", make, status=0, writes=made)
+    yield "report to a pipe that is closed", report(("run",), "", finished(), status=0,
+                                                    output="pipe", writes=made)  # fmt: skip
+    yield "report to a closed output", report(("run",), "", finished(), status=0,
+                                              output="closed", writes=made)  # fmt: skip
+    full = functools.partial(Case, says="standard output: No space left on device", status=1,
+                             output="/dev/full")  # fmt: skip
+    yield "report to a full output", full(("run",), make=finished(), command="report",
+                                          writes=made)  # fmt: skip
+    for command in ("train", "tune"):
+        for flag in ("--help", "--print_config"):
+            name, argv = f"{command} {flag} to ", (*RUN, flag)
+            yield f"{name}a full output", full(argv, command=command)
+            for output in ("closed", "pipe"):
+                yield name + output, Case(argv, "", command=command, status=0, output=output)
+    yield "a finished run to a full output", full(CE, make=finished(), writes=made)
+    yield "a finished run to a closed output", Case(CE, "", finished(), status=0, writes=made,
+                                                    output="closed")  # fmt: skip
+    # Long words of a file are not repeated.
+    yield (
+        "an error to a full output",
+        Case((*RUN, "--epochs", "0"), "epochs: 0", output="/dev/full"),
+    )
+
+
+def searches():
+    """What a search is given, and what it finds in its folder."""
+    tune = functools.partial(Case, command="tune")
+    for argv, says in (
+        (("--ranges.student_layers", "[[stage1]]"), "ranges.student_layers: [['stage1']], but met"),
+        (("--search_seed", str(2**32)), f"search_seed: {2**32} should be a whole number from 0 to"),
+        (("--search_seed", str(2**32 - 1)), "search_seed: 4294967295 should be a whole number"),
+        (("--max_trials", "9" * 21), "max_trials: "),
+        (("--workers", "9" * 21), "workers: "),
+        (("--chief_timeout", "1e308"), "chief_timeout: "),
+        (("--worker_timeout", "nan"), "worker_timeout: "),
+        (("--ranges.temperature", "1e-320", "1"), "ranges.temperature: "),
+        (("--ranges.temperature", "1", "1e308"), "ranges.temperature: "),
+        (("--ranges.learning_rate", "0.1", "1e300"), "ranges.learning_rate: "),
+        (("--ranges.learning_rate", "true", "2"), "ranges.learning_rate: "),
+        (("--ranges.weighting", "softmax", "softmax"), "ranges.weighting: "),
+        (("--ranges", "x"), "option: '--ranges' should be a known name"),
+        (("--ranges.temperature", "1", "2", "3"), "ranges.temperature: "),
+        (("--resume", "maybe"), "resume: 'maybe' should be true or false"),
+    ):
+        yield f"tune {' '.join(argv)[:40]}", tune((*SEARCH, *argv), says)
+    brackets, resumed = "[" * 100_000, (*SEARCH, "--resume")
+    for name, text in {"brackets": brackets, "a list": "[]", "half": "{", "nothing": "",
+                       "an empty object": "{}"}.items():  # fmt: skip
+        yield f"search.json: {name}", tune(SEARCH, "run_dir: 'run/search/search.json' is damaged",
+                                           search(search_json=text))  # fmt: skip
+        yield f"oracle.json: {name}", tune(resumed, "run_dir: 'run/search/oracle.json' is damaged",
+                                           search(oracle_json=text), writes=("run",))  # fmt: skip
+    inner = json.dumps({"oracle": [], "trials": [3], "deaths": {}})
+    yield "oracle.json: another", tune(resumed, "run_dir: 'run/search/oracle.json' is damaged",
+                                       search(oracle_json=inner), writes=("run",))  # fmt: skip
+    yield "oracle.json lost", tune(resumed, "resume: 'run/search/oracle.json', which", lost_oracle,
+                                   writes=("run/.search.lock",))  # fmt: skip
+    for name, text in {"brackets": brackets[:3000], "a list": "- 1", "nothing": ""}.items():
+        says, make = "resume: 'run/search/environment.yaml'", search(environment_yaml=text)
+        yield f"environment.yaml: {name}", tune(resumed, says, make, writes=("run",))
+    yield "search: config.yaml", tune(SEARCH, "run_dir: 'run/search/config.yaml'", both(
+        search(), file("run/search/config.yaml", "[" * 3000)))  # fmt: skip
+
+
+def teachers():
+    """Files of teachers."""
+    import keras
+
+    from dskd_keras import models
+
+    def saved(name, change=None, model="resnet8", classes=3, weights=False):
+        def make(folder):
+            teacher = models.create(model, classes, (8, 8, 3))
+            teacher = teacher if change is None else change(teacher)
+            (teacher.save_weights if weights else teacher.save)(folder / name)
+
+        return make
+
+    def broken(teacher):
+        teacher.set_weights([weight * np.nan for weight in teacher.get_weights()])
+        return teacher
+
+    def with_lambda(teacher):
+        images = keras.Input((8, 8, 3))
+        return keras.Model(images, keras.layers.Lambda(lambda x: 2 * x)(teacher(images)))
+
+    config = json.dumps({"class_name": "Functional", "config": {}})
+    for name, make, says in (
+        ("nan.keras", saved("nan.keras", broken), "has values that are not finite in 'stem_conv/k"),
+        ("nan.weights.h5", saved("nan.weights.h5", broken, weights=True), "not finite in 'stem"),
+        ("lambda.keras", saved("lambda.keras", with_lambda),
+         "it holds the code of a Lambda layer. Code in a file is never run."),
+        ("seven.weights.h5", saved("seven.weights.h5", classes=7, weights=True),
+         "of other layers: 'logits' has shape (64, 7) there and (64, 3) here."),
+        ("other.weights.h5", saved("other.weights.h5", model="resnet14", weights=True),
+         "it holds the weights of other layers"),
+        ("seven.keras", saved("seven.keras", classes=7), "to 7 classes, where"),
+        ("text.keras", file("text.keras", "x"), "can't load"),
+        ("empty.keras", archive("empty.keras"), "can't load"),
+        ("zip.keras", archive("zip.keras", a=b"x"), "can't load"),
+        ("text.weights.h5", file("text.weights.h5", "x"), "can't load"),
+        ("deep.keras", members("deep.keras", config="[" * 100_000), "can't load"),
+        ("other.keras", members("other.keras", config=config), "can't load"),
+        ("text.pth", file("text.pth", "x"), "is no PyTorch checkpoint"),
+        ("pipe.keras", fifo("pipe.keras"), "there is no file"),
+        ("x.onnx", file("x.onnx", "x"), "should be a .keras or a .weights.h5 file"),
+    ):  # fmt: skip
+        yield f"teacher {name}", Case((*RUN, "--teacher_weights", name), f"{says}", make,
+                                      writes=("run",))  # fmt: skip
+
+
+def members(name, config):
+    """Returns the function that writes a .keras file of some configuration."""
+
+    def make(folder):
+        with zipfile.ZipFile(folder / name, "w") as zipped:
+            zipped.writestr("config.json", config)
+            zipped.writestr("metadata.json", "{}")
+            zipped.writestr("model.weights.h5", "x")
+
+    return make
+
+
+def benchmarks():
+    """Arguments of a benchmark."""
+    for argv, says in (
+        (("--pair", "resnet20_resnet9"), "pair: 'resnet20_resnet9' should be a known name"),
+        (("--rounds", "0"), "rounds"),
+        (("--steps", "many"), "steps"),
+        (("--nothing", "1"), "nothing"),
+        (("--only", "nothing", "--pair", "resnet20_resnet8"), "only: 'nothing' should be a known"),
+        (("--half", "int8"), "half"),
+    ):
+        yield f"step {' '.join(argv)}", Case(argv, says, command="step")
+
+
 CASES: dict[str, Case] = {}
-for table in (numbers, names, yaml_files, data, run_folders):
+for table in (
+    numbers, names, yaml_files, data, run_folders, reports, searches, teachers, benchmarks,
+):  # fmt: skip
     CASES |= dict(table())

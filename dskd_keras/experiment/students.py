@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from dskd_keras import data, export, files
+from dskd_keras import csv_cells, data, export, files
 from dskd_keras.experiment import build, evaluation, saved_models, training
 from dskd_keras.experiment.run import Run
 from dskd_keras.experiment.teachers import MeasuredTeacher
@@ -93,8 +93,9 @@ def _write_confusion(path: Path, classes: np.ndarray, dataset: data.ImageDataset
     np.add.at(counts, (dataset.y_test, classes), 1)
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *dataset.class_names])
-    for name, row in zip(dataset.class_names, counts.tolist(), strict=True):
+    names = [csv_cells.shown(name) for name in dataset.class_names]
+    writer.writerow(["true \\ predicted", *names])
+    for name, row in zip(names, counts.tolist(), strict=True):
         writer.writerow([name, *row])
     files.write_text(path, table.getvalue())
 

@@ -14,6 +14,8 @@ from dskd_keras.errors import InputError
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
+# A terminal shows it, and would obey its own characters.
+_Name = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,8 @@ class RunResult:
         dataset: Name of the data set.
     """
 
-    method: str
-    model: str
+    method: _Name
+    model: _Name
     parameters: _Count
     test_accuracy: _Share
     best_accuracy: _Share | None = None
@@ -63,7 +65,7 @@ class RunResult:
     latency_ms: _Amount | None = None
     weight_bytes: _Count | None = None
     command: str | None = None
-    dataset: str | None = None
+    dataset: _Name | None = None
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunResult":

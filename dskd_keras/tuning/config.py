@@ -82,6 +82,11 @@ def _check_ends(title: str, value: Sequence[float]) -> None:
     numbers = [isinstance(end, int | float) and math.isfinite(end) for end in value]
     if len(value) != 2 or not all(numbers) or min(value) <= 0:
         raise wrong(title, list(value), _NUMBERS)
+    for end in value:
+        if title == "ranges.temperature":
+            checks.temperature(title, end)
+        else:
+            checks.real(title, end, above=0)
     low, high = value
     if low > high:
         raise wrong(title, list(value), "the smaller number first")
