@@ -116,7 +116,8 @@ class SearchPlan:
                 measured["error"] = (text.strip().splitlines() or ["unknown"])[-1]
             elif (folder / ranking.RESULT).is_file():
                 measured = files.read_json("run_dir", folder / ranking.RESULT)
-            measured["val_accuracy"] = trial.score
+            # KerasTuner's is a number of NumPy.
+            measured["val_accuracy"] = None if trial.score is None else float(trial.score)
             values = self._hypermodel.values(trial.hyperparameters)
             known = {"trial": trial.trial_id, "values": values, **measured}
             try:
