@@ -137,13 +137,18 @@ def main():
     for module in MODULES:
         importlib.import_module(module)
     import keras
+    import numpy as np
 
     from dskd_keras import Distiller, models
+    from dskd_keras.experiment import command_line, config
+    from dskd_keras.report import confusion, reading
 
     # What is imported when it is first needed.
     teacher, student = (models.create("resnet8", 3, (8, 8, 3)) for _ in range(2))
     Distiller(teacher, student, ["stage1"])
     keras.models.clone_model(student)  # imports TensorFlow, where there is one
+    confusion.picture(reading.Confusion(("a", "b"), np.eye(2, dtype="int64")))
+    command_line.parse(config.ExperimentConfig, ["--pair", "resnet20_resnet8"], "train.py")
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

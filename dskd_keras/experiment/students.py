@@ -10,6 +10,7 @@ import numpy as np
 
 from dskd_keras import csv_cells, data, export, files
 from dskd_keras.experiment import build, evaluation, saved_models, training
+from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.run import Run
 from dskd_keras.experiment.teachers import MeasuredTeacher
 from dskd_keras.report.run_result import RunResult
@@ -38,6 +39,11 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
         trained = training.train(run, distiller, seed, folder)
     except KeyboardInterrupt:
         _save_interrupted(run, student, so_far)
+        raise
+    except Exception:
+        # Nothing to go on from: what is mended now is another configuration, free to begin here.
+        if not CheckpointFolder(folder / "checkpoints").exist():
+            (folder / "config.yaml").unlink(missing_ok=True)
         raise
     saved_models.save_student(run, student, folder / "student.keras")
     so_far.unlink(missing_ok=True)
