@@ -66,7 +66,8 @@ def write_seed(run, method="dskd", seed=0, epochs=3, done=None, label_weight=1.0
 
 
 def history_row(method, epoch):
-    row = {"epoch": epoch, "accuracy": 0.5, "val_accuracy": 0.49 + 0.01 * epoch, "val_loss": 1.0}
+    accuracy = min(0.49 + 0.01 * epoch, 0.96)
+    row = {"epoch": epoch, "accuracy": 0.5, "val_accuracy": accuracy, "val_loss": 1.0}
     row["loss"] = 5.0 / epoch
     if method == "dskd":
         for position, layer in enumerate(LAYERS):
@@ -130,7 +131,7 @@ def test_the_page_has_the_numbers(reported):
 
 def test_an_unfinished_run_is_shown_as_far_as_it_is(reported):
     text = text_of(reported)
-    assert "resnet8 kd 1 106.00 so far epoch 57 of 240, unfinished" in text
+    assert "resnet8 kd 1 96.00 so far epoch 57 of 240, unfinished" in text
     assert "77777" not in text and "unfinished-1" not in text
 
 
