@@ -17,15 +17,17 @@ Backend = Literal["tensorflow", "jax", "torch"]
 
 def run_command(main):
     """Runs a benchmark with the arguments of the command line; says what is wrong in one line."""
-    try:
-        jsonargparse.auto_cli(main)
-    except ValueError as error:
-        # Not imported above: Keras, which it imports, reads its backend then.
-        from dskd_keras.errors import InputError
+    # Not imported above: Keras, which it imports elsewhere, reads its backend then.
+    from dskd_keras.answering import answer
+    from dskd_keras.errors import InputError
 
-        if not isinstance(error, InputError):
-            raise
-        sys.exit(f"error: {error}")
+    def work():
+        try:
+            jsonargparse.auto_cli(main, exit_on_error=False)
+        except jsonargparse.ArgumentError as error:
+            raise InputError(" ".join(str(error).split())) from None
+
+    sys.exit(answer(work))
 
 
 def in_turn(contenders, rounds, steps, say):

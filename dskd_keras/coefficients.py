@@ -27,7 +27,7 @@ def check(name: str, value: Any) -> float:
             negative.
     """
     if name == "temperature":
-        return checks.real(name, value, above=0)
+        return checks.temperature(name, value)
     return checks.real(name, value, least=0)
 
 

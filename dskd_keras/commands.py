@@ -1,14 +1,14 @@
 """The three commands: they read their flags, do their work, and say in one line what went wrong."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dskd_keras import startup
-from dskd_keras.errors import ExportError, InputError, TrainingError, missing_package
+from dskd_keras.answering import answer
+from dskd_keras.errors import missing_package
 
 if TYPE_CHECKING:
     from dskd_keras.experiment.config import ExperimentConfig
@@ -90,7 +90,8 @@ def _run(
 ) -> int:
     """Runs `train` or `tune`. Each imports what it needs when it needs it, and may lack it."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def read_and_work() -> None:
         try:
             from dskd_keras.experiment import command_line
 
@@ -102,13 +103,8 @@ def _run(
         if startup.check_backend() == "tensorflow":
             startup.import_tensorflow()
         work(config, argv)
-    except InputError as error:
-        return _fail(error)
-    except (ExportError, TrainingError) as error:
-        return _fail(error, status=1)
-    except KeyboardInterrupt as interrupt:
-        return 128 + getattr(interrupt, "signum", signal.SIGINT)
-    return 0
+
+    return answer(read_and_work)
 
 
 def _program(name: str) -> str:
@@ -131,8 +127,3 @@ def _pip_name(error: ModuleNotFoundError) -> str:
     """What pip calls the package of a module that is missing."""
     package = str(error.name).partition(".")[0]
     return {"yaml": "pyyaml", "grpc": "grpcio"}.get(package, package.replace("_", "-"))
-
-
-def _fail(message: object, status: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return status

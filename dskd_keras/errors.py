@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 # A model can have hundreds of layers.
 _MOST_CHOICES = 50
+# Of a value; a file can be given by mistake where a word is expected.
+_MOST_LETTERS = 400
 
 
 class InputError(ValueError):
@@ -29,6 +31,18 @@ class ExportError(RuntimeError):
     """
 
 
+def printable(text: str) -> str:
+    """Returns a text in one line, with what a terminal would obey as Python writes it.
+
+    Args:
+        text: Any text; bytes that are no UTF-8 may be surrogates in it.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def wrong(field: str, value: object, rule: str) -> InputError:
     """Returns the error for a value that breaks a rule.
 
@@ -40,7 +54,7 @@ def wrong(field: str, value: object, rule: str) -> InputError:
     Returns:
         An `InputError`, to be raised by the caller.
     """
-    return InputError(f"{field}: {value!r} should be {rule}.")
+    return InputError(f"{field}: {_shown(value)} should be {rule}.")
 
 
 def unknown_name(field: str, value: object, choices: Iterable[object]) -> InputError:
@@ -63,7 +77,14 @@ def unknown_name(field: str, value: object, choices: Iterable[object]) -> InputE
     shown = ", ".join(names[:_MOST_CHOICES]) or "none"
     if len(names) > _MOST_CHOICES:
         shown += f", … and {len(names) - _MOST_CHOICES} more"
-    return InputError(f"{field}: {value!r} should be a known name.{hint} Choices: {shown}.")
+    return InputError(f"{field}: {_shown(value)} should be a known name.{hint} Choices: {shown}.")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    if len(text) <= _MOST_LETTERS:
+        return text
+    return f"{text[: _MOST_LETTERS // 2]}…{text[-_MOST_LETTERS // 4 :]}"
 
 
 def missing_package(field: str, package: str, extra: str) -> InputError:

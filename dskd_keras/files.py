@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dskd_keras.errors import InputError, TrainingError
 
@@ -43,6 +45,59 @@ def check_writable(field: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{field}: can't write to '{folder}': {error.strerror}.") from None
+
+
+def read_text(field: str, path: Path, most_bytes: int) -> str:
+    """Returns what a text file holds.
+
+    Args:
+        field: What an error calls the file.
+        path: The file.
+        most_bytes: What it may have at most.
+
+    Raises:
+        InputError: It can't be read, is larger, or no file of text.
+    """
+    try:
+        # A pipe may never end, nor may a device.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{field}: '{path}' should be a regular file.")
+        with open(path, "rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{field}: can't read '{path}': {error.strerror}.") from None
+    if len(content) > most_bytes:
+        raise InputError(f"{field}: '{path}' should be a file of at most {most_bytes:,} bytes.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{field}: '{path}' should be a text file.") from None
+
+
+def read_json(field: str, path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Args:
+        field: The setting that named the file's folder, for the error.
+        path: The file.
+
+    Raises:
+        InputError: It can't be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{field}: can't read '{path}': {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise damaged(field, path)
+    return values
+
+
+def damaged(field: str, path: Path) -> InputError:
+    """Returns the error for a file that this project wrote, and that holds something else now."""
+    return InputError(f"{field}: '{path}' is damaged. Choose another --{field}.")
 
 
 def write_text(path: Path, text: str) -> None:

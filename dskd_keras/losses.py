@@ -30,7 +30,7 @@ class _OnLogits(keras.losses.Loss):
 
     def __init__(self, temperature: float, reduction: str | None, name: str, dtype: Any) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.temperature = checks.real("temperature", temperature, above=0)
+        self.temperature = checks.temperature("temperature", temperature)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this loss."""
@@ -42,7 +42,7 @@ class _OnLogits(keras.losses.Loss):
         if temperature is None:
             temperature = self.temperature
         elif isinstance(temperature, int | float):
-            temperature = checks.real("temperature", temperature, above=0)
+            temperature = checks.temperature("temperature", temperature)
         else:
             temperature = ops.cast(temperature, keras.backend.standardize_dtype(y_pred.dtype))
         return ops.divide(y_true, temperature), ops.divide(y_pred, temperature), temperature

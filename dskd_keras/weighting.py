@@ -91,9 +91,8 @@ class Softmax(Weighting):
         """Returns the allocation `[L]` for finite losses `[L]`."""
         if losses.shape[0] == 1:
             return ops.ones_like(losses)
-        # The maximum is subtracted first: a large loss over a small temperature would overflow. A
-        # temperature below the smallest normal number would be zero.
-        return ops.softmax((losses - ops.max(losses)) / max(self.temperature, 1.2e-38), axis=-1)
+        # The maximum is subtracted first: a large loss over a small temperature would overflow.
+        return ops.softmax((losses - ops.max(losses)) / self.temperature, axis=-1)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this strategy."""

@@ -11,7 +11,10 @@ import grimp
 
 # From the ground up: a module may import from its own floor and from those below.
 FLOORS = {
-    "ground": ("_lazy", "checks", "errors", "files", "progress", "startup"),
+    "ground": (
+        "_lazy", "answering", "checks", "csv_cells", "errors", "files", "progress", "startup",
+        "yaml_files",
+    ),
     "method": (
         "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
         "freezing", "graph", "heads", "inputs", "keras_internals", "labels", "layer_table",

@@ -516,7 +516,7 @@ FRACTIONS = np.linspace(0, 1, 6 * 64).reshape(6, 8, 8)
         ({"x_train": FRACTIONS * 2 - 1, "x_test": FRACTIONS}, "x_train .*fractions"),
         ({"x_train": FRACTIONS * 2, "x_test": FRACTIONS}, "x_train .*fractions"),
         ({"x_train": np.rint(FRACTIONS), "x_test": FRACTIONS}, "x_train .*fractions"),
-        ({"x_train": FRACTIONS * np.nan, "x_test": FRACTIONS}, "x_train .*fractions"),
+        ({"x_train": FRACTIONS * np.nan, "x_test": FRACTIONS}, "x_train .*384 of 384 values"),
         ({"x_train": FRACTIONS, "x_test": FRACTIONS * 255}, r"x_test .* \[0, 1\]"),
         ({"x_train": np.rint(FRACTIONS * 255), "x_test": FRACTIONS}, "x_test .*whole"),
         ({"x_train": FRACTIONS}, "x_test .*dtype uint8 .*float64"),

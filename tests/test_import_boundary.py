@@ -135,7 +135,8 @@ def test_commands_can_put_keras_off_and_every_name_is_reached(saved):
 
 
 TYPED = [
-    *(f"dskd_keras.{name}" for name in [*GROUND, *CORE, "drawing", "export", "files"]),
+    *(f"dskd_keras.{name}" for name in [*GROUND, *CORE, "answering", "drawing", "export"]),
+    *(f"dskd_keras.{name}" for name in ("csv_cells", "files", "yaml_files")),
     *(f"dskd_keras.{name}" for name in ("callbacks", "data", "models", "report", "tuning")),
 ]
 

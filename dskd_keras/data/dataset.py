@@ -10,6 +10,8 @@ from dskd_keras.data import arrays
 from dskd_keras.errors import InputError, unknown_name, wrong
 
 AUGMENTATIONS = ("crop_flip", "crop", "none")
+# The confusion matrix has as many rows and columns.
+MOST_CLASSES = 10_000
 
 
 def check_augmentation(name: str) -> None:
@@ -30,6 +32,15 @@ def check_arrays(x: str, images: np.ndarray, y: str, labels: np.ndarray) -> None
             f"{y}: shape {labels.shape} and dtype {labels.dtype} should be ({len(images)},), as"
             f" many labels as there are images in {x}, and integer."
         )
+
+
+def _is_text(name: str) -> bool:
+    """Returns whether a name can be written: of bytes that are no UTF-8 Python makes surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +69,14 @@ class LoadedImages:
                 f"dataset: {self.name!r} has {self.num_classes} class(es), and classification needs"
                 " two."
             )
+        if self.num_classes > MOST_CLASSES:
+            raise InputError(
+                f"dataset: {self.name!r} has {self.num_classes:,} classes, and {MOST_CLASSES:,} are"
+                " the most."
+            )
+        for name in self.class_names:
+            if not name.strip() or not _is_text(name):
+                raise wrong("class_names", name, "a text of some letters, in UTF-8")
         for part in ("train", "test", *([] if self.x_validation is None else ["validation"])):
             x, y = f"x_{part}", f"y_{part}"
             images, labels = getattr(self, x), getattr(self, y)

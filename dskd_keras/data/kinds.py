@@ -20,6 +20,8 @@ def kind(dataset: str | os.PathLike[str]) -> Literal["digits", "npz", "folder", 
     if path.suffix.lower() == ".npz":
         if not path.exists():
             raise InputError(f"dataset: there is no file {path}.")
+        if not path.is_file():
+            raise InputError(f"dataset: {path} should be a regular file.")
         return "npz"
     # In a folder of TFDS data, "cifar100" is both the set's name and the folder that it is in.
     of_tfds = name == path.name and any(

@@ -1,12 +1,13 @@
 """Data sets that need no TensorFlow: digits, `.npz` files and folders of images."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dskd_keras.data import arrays
-from dskd_keras.data.dataset import LoadedImages
+from dskd_keras.data.dataset import MOST_CLASSES, LoadedImages
 from dskd_keras.data.reading import AnyPath, in_threads, needed, refused
 from dskd_keras.errors import InputError
 
@@ -63,9 +64,25 @@ def load_npz(path: AnyPath, image_size: int | None = None) -> LoadedImages:
     y_train, y_test = (_as_labels(path, key, content[key]) for key in ("y_train", "y_test"))
     if image_size:
         x_train, x_test = arrays.resize(x_train, image_size), arrays.resize(x_test, image_size)
-    class_names = content.get("class_names", np.arange(int(y_train.max(initial=-1)) + 1))
-    names = tuple(str(name) for name in class_names.ravel())
+    if "class_names" in content:
+        names = tuple(str(name) for name in content["class_names"].ravel())
+    else:
+        names = _numbered(path, y_train)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"dataset: class_names in {path}: {twice!r} is the name of two classes.")
     return LoadedImages(path.stem, x_train, y_train, x_test, y_test, names)
+
+
+def _numbered(path: Path, labels: np.ndarray) -> tuple[str, ...]:
+    """Returns a name for each label up to the largest."""
+    largest = int(labels.max(initial=-1))
+    if largest >= MOST_CLASSES:
+        raise InputError(
+            f"dataset: y_train in {path}: label {largest} should be less than {MOST_CLASSES}. "
+            "Labels number the classes from 0: numpy.unique(y, return_inverse=True) renumbers them."
+        )
+    return tuple(map(str, range(largest + 1)))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -103,9 +120,11 @@ def _as_images(path: Path, content: Mapping[str, np.ndarray]) -> list[np.ndarray
                 f"{field}: dtype {images.dtype} should be that of x_train,"
                 f" {content['x_train'].dtype}."
             )
+        if strange := np.count_nonzero(~np.isfinite(images)) if is_float else 0:
+            raise InputError(f"{field}: {strange} of {images.size} values are not finite.")
         low, high = images.min(), images.max()
         whole = not is_float or (images == np.rint(images)).all()
-        # Zeros and ones alone may be on either scale. Written so that a NaN fails it too.
+        # Zeros and ones alone may be on either scale.
         known = whole if scale == 1 else not (whole and key == "x_train")
         if not (known and low >= 0 and high * scale <= 255):
             raise InputError(
@@ -226,6 +245,9 @@ def _decode_files(files: Sequence[Path], image_size: int | None) -> np.ndarray:
 
 def _decode(file: Path, image_size: int | None) -> np.ndarray:
     pillow = needed("PIL.Image", "pillow")
+    # Opening a pipe would wait for whoever writes to it.
+    if not file.is_file():
+        raise InputError(f"dataset: {file} is no regular file.")
     with refused(f"dataset: {file} can't be read as an image"), pillow.open(file) as image:
         if image.mode.startswith(("I", "F")):
             # Pillow would clip these to white on the way to RGB.

@@ -188,6 +188,8 @@ class Source:
     def _open_zip(self, stack: contextlib.ExitStack) -> _Files:
         if not self.path.exists():
             raise InputError(f"data_dir: there is no file {self.path}.")
+        if not self.path.is_file():
+            raise InputError(f"data_dir: {self.path} should be a regular file.")
         with self._refused("can't be read as a zip archive"):
             archive = stack.enter_context(zipfile.ZipFile(self.path))
         members = {}

@@ -7,8 +7,10 @@ from rich.console import Console
 
 from dskd_keras import data, heads, losses, models, weighting
 from dskd_keras.distiller import Distiller
+from dskd_keras.errors import InputError
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
+from dskd_keras.models import catalog, zoo
 
 # The methods differ in settings of the same distiller alone.
 _METHODS: dict[str, dict[str, Any]] = {
@@ -27,8 +29,22 @@ def load_data(config: ExperimentConfig, console: Console) -> data.ImageDataset:
         train_examples=config.train_examples,
         validation_fraction=config.validation_fraction,
     )
+    for field in ("student",) if config.method == "ce" else ("teacher", "student"):
+        _check_size(dataset, config.image_size, getattr(config, field))
     console.print(_described(dataset))
     return dataset
+
+
+def _check_size(dataset: data.ImageDataset, image_size: int | None, model: str) -> None:
+    """Raises `InputError` where images are too small for a model."""
+    name = catalog.check_name("model", model)
+    least, (height, width, _) = zoo.family(name).MINIMUM_SIZE, dataset.input_shape
+    if min(height, width) < least:
+        seen = "the images are" if image_size is None else "resized to it the images are"
+        raise InputError(
+            f"image_size: {image_size}, but {seen} {height}×{width}, and {name} needs "
+            f"{least}×{least}. Take --image_size {least} or more."
+        )
 
 
 def _described(dataset: data.ImageDataset) -> str:

@@ -85,19 +85,12 @@ class CheckpointFolder:
             except OSError as error:
                 say(f"Can't read the checkpoint '{path}': {error.strerror}. Passing it over.")
                 continue
-            if _checksum(content) != path.name.split(".")[1]:
-                aside = path.with_name(path.name + _DAMAGED)
-                path.rename(aside)
-                say(f"A checkpoint is damaged and passed over: '{aside}'.")
-                continue
-            with np.load(io.BytesIO(content)) as arrays:
-                notes = json.loads(arrays["notes"].tobytes())
-                values = {
-                    field: [arrays[name] for name in sorted(arrays) if name.startswith(f"{field}_")]
-                    for field in ("variables", "optimizer", "metrics", "best")
-                }
-            place = Place(notes.pop("epoch"), notes.pop("step"))
-            return Checkpoint(place, notes=notes, **values)
+            found = _read(content) if _checksum(content) == path.name.split(".")[1] else None
+            if found is not None:
+                return found
+            aside = path.with_name(path.name + _DAMAGED)
+            path.rename(aside)
+            say(f"A checkpoint is damaged and passed over: '{aside}'.")
         return None
 
     def exist(self) -> bool:
@@ -234,6 +227,21 @@ def _assign(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -
 
 def _values(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def _read(content: bytes) -> Checkpoint | None:
+    """Returns what a checkpoint's file holds, None where it is another file."""
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            notes = json.loads(arrays["notes"].tobytes())
+            values = {
+                field: [arrays[name] for name in sorted(arrays) if name.startswith(f"{field}_")]
+                for field in ("variables", "optimizer", "metrics", "best")
+            }
+        place = Place(notes.pop("epoch"), notes.pop("step"))
+    except Exception:  # NumPy and zipfile raise all kinds for another file
+        return None
+    return Checkpoint(place, notes=notes, **values)
 
 
 def _checksum(content: bytes) -> str:

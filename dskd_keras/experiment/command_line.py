@@ -15,10 +15,15 @@ import jsonargparse
 import yaml
 from docstring_parser import DocstringStyle
 
+from dskd_keras import yaml_files
 from dskd_keras.errors import InputError, unknown_name, wrong
 from dskd_keras.experiment.config import ExperimentConfig
 
 Config = TypeVar("Config", bound=ExperimentConfig)
+# Of a flag: a list of 1,000 seeds has fewer.
+_MOST_LETTERS = 20_000
+# What the parser raises for a value that it refuses, or that is nested too deep for it.
+_REFUSED = (jsonargparse.ArgumentError, RecursionError, TypeError, ValueError)
 
 # The groups of `--help`, by the first field of each.
 _GROUPS = {
@@ -82,7 +87,7 @@ def parse(config_class: type[Config], argv: Sequence[str], command: str) -> Conf
     parser = _parser(config_class, command)
     try:
         values = parser.parse_object(_nested(given), defaults=False).as_dict()
-    except (jsonargparse.ArgumentError, TypeError, ValueError):
+    except _REFUSED:
         raise _first_wrong(parser, given, kinds) from None
     config = _build(config_class, values)
     if show:
@@ -209,26 +214,19 @@ def _split(argv: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
             raise wrong(name, " ".join(values), "one value")
         elif name == "config":
             flags.setdefault(name, []).append(values[0])
+        elif name == "pair" and name in flags:
+            # Elsewhere the last one counts. Here each stands for a file of settings.
+            raise InputError(f"pair: given twice, {flags[name]!r} and {values[0]!r}. Give one.")
         else:
             flags[name] = values[0]
+        if len(flags[name]) > _MOST_LETTERS:
+            raise wrong(name, flags[name], f"a text of at most {_MOST_LETTERS:,} letters")
     return flags
 
 
 def _read_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that a YAML file gives, `outer.inner` for a nested one."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"config: can't read '{path}': {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"config: '{path}' should be a text file.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f", line {mark.line + 1}"
-        reason = getattr(error, "problem", None) or "it can't be parsed"
-        raise InputError(f"config: '{path}'{place} should be valid YAML: {reason}.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"config: '{path}' should hold fields with their values.")
+    values = yaml_files.read("config", path)
     given = {}
     for name, value in values.items():
         inner = [known.partition(".")[2] for known in kinds if known.startswith(f"{name}.")]
@@ -267,7 +265,7 @@ def _first_wrong(
     for field, value in reversed(list(given.items())):
         try:
             parser.parse_object(_nested(needed | {field: value}), defaults=False)
-        except (jsonargparse.ArgumentError, TypeError, ValueError):
+        except _REFUSED:
             break
     kind = kinds[field]
     item = _of_list(kind)
@@ -282,6 +280,10 @@ def _first_wrong(
 
 def _build(config_class: type, values: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        # The parser takes it for all.
+        if value is None and type(None) not in typing.get_args(hints[name]):
+            raise wrong(name, value, _described(hints[name]))
     return config_class(
         **{
             name: _build(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value

@@ -21,6 +21,14 @@ FeatureLoss = Literal[
     "attention_transfer",
 ]  # fmt: skip
 Head = Literal["separable", "pointwise", "convolutional", "teacher_classifier"]
+# What NumPy and the backends take for a seed.
+MOST_SEED = 2**32 - 1
+_MOST_SEEDS = 1000
+# Of a side.
+_MOST_PIXELS = 10_000
+# Of epochs, images and so on: the number of all steps has to fit into 64 bits.
+_MOST = 2**31 - 1
+PATHS = ("dataset", "data_dir", "teacher_weights", "teacher_dir", "run_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,16 +157,25 @@ class ExperimentConfig:
         for field in ("teacher", "student"):
             catalog.check_name(field, getattr(self, field))
         self.check_whole(
-            1, "epochs", "batch_size", "image_size", "train_examples", "teacher_epochs",
-            "checkpoint_steps",
-        )  # fmt: skip
-        self.check_whole(0, "teacher_seed")
+            1, "epochs", "batch_size", "train_examples", "teacher_epochs", "checkpoint_steps"
+        )
+        self.check_whole(1, "image_size", most=_MOST_PIXELS)
+        self.check_whole(0, "teacher_seed", most=MOST_SEED)
+        for field in PATHS:
+            if (path := getattr(self, field)) is not None:
+                checks.path(field, path)
+        # It names the run's folder.
+        if self.pair is not None:
+            checks.path("pair", self.pair)
+            if "/" in self.pair or self.pair.startswith("."):
+                raise wrong("pair", self.pair, "a name, of no other folder")
         for field in (
             "label_weight", "prediction_weight", "deep_prediction_weight", "deep_feature_weight",
             "weight_decay",
         ):  # fmt: skip
             checks.real(field, getattr(self, field), least=0)
-        for field in ("temperature", "weighting_temperature", "decay_factor", "learning_rate"):
+        checks.temperature("temperature", self.temperature)
+        for field in ("weighting_temperature", "decay_factor", "learning_rate"):
             checks.real(field, getattr(self, field), above=0)
         if self.teacher_learning_rate is not None:
             checks.real("teacher_learning_rate", self.teacher_learning_rate, above=0)
@@ -172,8 +189,16 @@ class ExperimentConfig:
             raise wrong(
                 "decay_at", self.decay_at, "shares of the training between 0 and 1, such as 0.75"
             )
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
-            raise wrong("seeds", self.seeds, "different whole numbers from 0, one or more")
+        if len(self.seeds) > _MOST_SEEDS:
+            raise InputError(f"seeds: {len(self.seeds):,} values, and {_MOST_SEEDS} are the most.")
+        if (
+            not self.seeds
+            or len(set(self.seeds)) != len(self.seeds)
+            or any(isinstance(seed, bool) or not 0 <= seed <= MOST_SEED for seed in self.seeds)
+        ):
+            raise wrong(
+                "seeds", self.seeds, f"different whole numbers from 0 to {MOST_SEED}, one or more"
+            )
         if self.teacher_dtype != "float32" and not self.fold_teacher:
             raise InputError(
                 f"teacher_dtype: {self.teacher_dtype}, but fold_teacher is false. Folding makes "
@@ -200,11 +225,11 @@ class ExperimentConfig:
                 "choose method kd."
             )
 
-    def check_whole(self, least: int, *fields: str) -> None:
-        """Raises `InputError` unless the fields are null or whole numbers of at least `least`."""
+    def check_whole(self, least: int, *fields: str, most: int = _MOST) -> None:
+        """Raises `InputError` unless the fields are null or whole numbers in these bounds."""
         for field in fields:
             if getattr(self, field) is not None:
-                checks.whole(field, getattr(self, field), least)
+                checks.whole(field, getattr(self, field), least, most)
 
     def check_files(self) -> None:
         """Raises `InputError` where a file that the configuration names is missing."""
@@ -215,12 +240,13 @@ class ExperimentConfig:
 
     def check_teacher_file(self) -> None:
         """Raises `InputError` where the teacher's weights are named and missing."""
-        if self.teacher_weights and not Path(self.teacher_weights).is_file():
+        if self.teacher_weights is not None and not Path(self.teacher_weights).is_file():
             raise InputError(f"teacher_weights: there is no file '{self.teacher_weights}'.")
 
     def folder(self) -> Path:
         """Returns the folder of all methods and seeds."""
-        return Path(self.run_dir or f"runs/{self.pair or f'{self.teacher}_{self.student}'}")
+        name = self.pair or f"{self.teacher}_{self.student}"
+        return Path("runs", name) if self.run_dir is None else Path(self.run_dir)
 
     def seed_folder(self, seed: int) -> Path:
         """Returns the folder of one seed's run."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
-from dskd_keras import files
+from dskd_keras import files, yaml_files
 from dskd_keras.errors import InputError
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.report.run_result import RunResult
@@ -47,16 +46,15 @@ def check_configuration(config: ExperimentConfig, folder: Path, may_differ: Cont
     Raises:
         InputError: It is of another configuration; all differences are listed.
     """
+    path = folder / "config.yaml"
     try:
-        known = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
+        if not path.exists():
+            return False
+        known = yaml_files.read("run_dir", path)
     except OSError as error:
         raise InputError(f"run_dir: can't read '{folder}': {error.strerror}.") from None
-    except yaml.YAMLError:
-        known = None
-    if not isinstance(known, dict):
-        raise InputError(f"run_dir: '{folder}/config.yaml' is damaged. Choose another --run_dir.")
+    except InputError as error:
+        raise InputError(f"{error} Choose another --run_dir.") from None
     known, wanted = _BEFORE | _flat(known), _flat(dataclasses.asdict(config))
     differences = [
         f"{field}: {known.get(field)!r} there, {wanted[field]!r} here"

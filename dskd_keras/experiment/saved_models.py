@@ -1,12 +1,15 @@
 """Saved models: `.keras` files with notes inside, and weights read from files of several kinds."""
 
 import json
+import re
+import textwrap
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from dskd_keras import data, files, models
 from dskd_keras.errors import InputError
@@ -18,6 +21,14 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".tar", "")
 _NOTES = "dskd_keras.json"
 # What a saved student takes that has the normalisation inside.
 PIXELS = "pixels from 0 to 255"
+_OTHER_LAYERS = "it holds the weights of other layers."
+# In Keras's errors: a layer's name, its variable's shape, and the file's; an unknown class.
+_SHAPES = re.compile(
+    r"for object <\w+ name=([^,>]+).*?variable\.shape=(\([\d, ]*\)), "
+    r"Received: value\.shape=(?:torch\.Size\()?([(\[][\d, ]*[)\]])",
+    re.DOTALL,
+)
+_UNKNOWN_CLASS = re.compile(r"Could not locate class '(\w+)'")
 
 
 def save_model(model: keras.Model, path: Path, notes: dict[str, Any]) -> None:
@@ -87,11 +98,8 @@ def load_weights(field: str, path: Path, architecture: keras.Model) -> None:
     try:
         loaded = _load(path, architecture)
     except Exception as error:  # Keras, h5py and zipfile raise all kinds for a bad file
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "damaged")
-        if reason.startswith("Skipping"):
-            reason = "it holds the weights of other layers."
         raise InputError(
-            f"{field}: can't load '{path}' for {architecture.name}: {reason}"
+            f"{field}: can't load '{path}' for {architecture.name}: {_reason(error)}"
         ) from None
     shapes, expected = (
         [tuple(weight.shape) for weight in model.weights] for model in (loaded, architecture)
@@ -101,6 +109,11 @@ def load_weights(field: str, path: Path, architecture: keras.Model) -> None:
             f"{field}: '{path}' holds {_described(loaded)}, where {_described(architecture)} is "
             "expected."
         )
+    for weight in loaded.weights:
+        if not np.isfinite(keras.ops.convert_to_numpy(weight)).all():
+            raise InputError(
+                f"{field}: '{path}' has values that are not finite in '{weight.path}'."
+            )
     architecture.set_weights(loaded.get_weights())
 
 
@@ -114,11 +127,30 @@ def _load(path: Path, architecture: keras.Model) -> keras.Model:
         return keras.models.load_model(path, compile=False)
     # Into a copy: a file that doesn't fit would leave a part of its weights behind.
     loaded = keras.models.clone_model(architecture)
-    with warnings.catch_warnings():
-        # Keras passes over what the file lacks: those weights would stay random.
-        warnings.filterwarnings("error", message="Skipping")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         loaded.load_weights(path)
+    # Keras passes over what the file lacks: those weights would stay random.
+    if any(str(warning.message).startswith("Skipping") for warning in warned):
+        raise ValueError(_OTHER_LAYERS)
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """Returns what is wrong with a file in one line; Keras shows whole tensors, or ways around."""
+    text = str(error)
+    if "safe_mode" in text:
+        return "it holds the code of a Lambda layer. Code in a file is never run."
+    if found := _SHAPES.search(text):
+        layer, here, there = found.groups()
+        there = f"({there.strip('([])')})"
+        return f"{_OTHER_LAYERS[:-1]}: '{layer}' has shape {there} there and {here} here."
+    if "objects could not be loaded" in text:
+        return _OTHER_LAYERS
+    if found := _UNKNOWN_CLASS.search(text):
+        return f"its layer class '{found[1]}' is not one of Keras."
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "damaged")
+    return textwrap.shorten(line, 300, placeholder=" …")
 
 
 def _described(model: keras.Model) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from dskd_keras import data, export, files
+from dskd_keras import csv_cells, data, export, files
 from dskd_keras.experiment import build, evaluation, saved_models, training
+from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.run import Run
 from dskd_keras.experiment.teachers import MeasuredTeacher
 from dskd_keras.report.run_result import RunResult
@@ -38,6 +39,11 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
         trained = training.train(run, distiller, seed, folder)
     except KeyboardInterrupt:
         _save_interrupted(run, student, so_far)
+        raise
+    except Exception:
+        # Nothing to go on from: what is mended now is another configuration, free to begin here.
+        if not CheckpointFolder(folder / "checkpoints").exist():
+            (folder / "config.yaml").unlink(missing_ok=True)
         raise
     saved_models.save_student(run, student, folder / "student.keras")
     so_far.unlink(missing_ok=True)
@@ -93,8 +99,9 @@ def _write_confusion(path: Path, classes: np.ndarray, dataset: data.ImageDataset
     np.add.at(counts, (dataset.y_test, classes), 1)
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *dataset.class_names])
-    for name, row in zip(dataset.class_names, counts.tolist(), strict=True):
+    names = [csv_cells.shown(name) for name in dataset.class_names]
+    writer.writerow(["true \\ predicted", *names])
+    for name, row in zip(names, counts.tolist(), strict=True):
         writer.writerow([name, *row])
     files.write_text(path, table.getvalue())
 

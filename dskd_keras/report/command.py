@@ -1,9 +1,11 @@
 """The command that writes the report of run folders."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from dskd_keras import checks
+from dskd_keras.answering import answer
 from dskd_keras.errors import InputError, missing_package
 
 # Packages that pip knows by another name than Python.
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m dskd_keras.re
     Returns:
         The exit status: 0, 2 for a wrong input, 130 for an interrupt.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description="Writes pictures and an HTML page from the files of run folders."
     )
     parser.add_argument(
@@ -31,25 +33,29 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m dskd_keras.re
         "--output", metavar="FILE",
         help="the HTML file (default: report.html in RUN_DIR, or here for several)",
     )  # fmt: skip
-    arguments = parser.parse_args(argv)
-    try:
-        _report(arguments.run_dir, arguments.output)
-    except ModuleNotFoundError as error:
-        name = str(error.name).partition(".")[0]
-        return _fail(missing_package("report", _PIP_NAMES.get(name, name), "train"))
-    except InputError as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    def work() -> None:
+        arguments = parser.parse_args(argv)
+        try:
+            _report(arguments.run_dir, arguments.output)
+        except ModuleNotFoundError as error:
+            name = str(error.name).partition(".")[0]
+            raise missing_package("report", _PIP_NAMES.get(name, name), "train") from None
+
+    return answer(work)
 
 
-def _fail(error: InputError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. See {self.prog} --help.")
 
 
 def _report(run_dirs: Sequence[str], output: str | None) -> None:
+    for field, path in [*(("run_dir", run_dir) for run_dir in run_dirs), ("output", output)]:
+        if path is not None:
+            checks.path(field, path)
     # Here, where what is missing of their packages is said in one line.
     from dskd_keras.report import page, reading, table
 

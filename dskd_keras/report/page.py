@@ -34,7 +34,7 @@ def write(run_dirs: str | Path | Iterable[str | Path], output: str | Path | None
 
     Args:
         run_dirs: Paths of run folders, or one path.
-        output: Path of the HTML file; its folder is made. Defaults to `report.html` in the run
+        output: Path of the HTML file, in a folder that exists. Defaults to `report.html` in the run
             folder, or in the working directory for several.
 
     Returns:
@@ -55,11 +55,15 @@ def write_runs(runs: Sequence[Run], output: str | Path | None = None) -> Path:
         raise InputError(
             f"output: '{output}' is a folder. Give a file, such as '{output / _PAGE}'."
         )
+    # Renaming the page to it would replace a device.
+    if output.exists() and not output.is_file():
+        raise InputError(f"output: '{output}' is no regular file. Give the name of one.")
+    if not output.parent.is_dir():
+        raise InputError(f"output: there is no folder '{output.parent}'. Make it, or give another.")
     # Matplotlib takes a second: a wrong folder is answered before.
     from dskd_keras.report import curves
 
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         drawn: _Drawn = {}
         for run in runs:
             drawn |= _write_pictures(run)

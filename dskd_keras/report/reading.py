@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from dskd_keras import csv_cells, yaml_files
 from dskd_keras.errors import InputError
 from dskd_keras.report.run_result import RunResult, by_row, known
 
@@ -23,6 +24,9 @@ METHODS = ("ce", "kd", "dskd")
 
 _SEED = re.compile(r"seed-(\d+)")
 _MOST_NAMED = 5
+# Larger numbers are none that a run wrote.
+_MOST_COUNTED = 10**12
+_LARGEST_FLOAT32 = 3.5e38
 
 # `(path, method, seed)` of a training run.
 _Place = tuple[Path, str, int]
@@ -96,7 +100,7 @@ class SeedRun:
         if self.result is not None:
             return self.result.test_accuracy
         values = self.history.get("val_accuracy", np.empty(0))
-        values = values[np.isfinite(values)]
+        values = values[(values >= 0) & (values <= 1)]
         return float(values[-1]) if len(values) else None
 
     def layers(self, quantity: str) -> dict[str, np.ndarray]:
@@ -214,27 +218,23 @@ def _read_seed(folder: Path, method: str, seed: int) -> SeedRun:
     parts: list[Any] = []
     problems = []
     readers: dict[str, tuple[Callable[[Path], Any], Any]] = {
-        "config.yaml": (_read_config, {}),
+        "config.yaml": (functools.partial(yaml_files.read, "config"), {}),
         "history.csv": (_read_history, {"epoch": np.empty(0)}),
         "metrics.json": (RunResult.read, None),
         "confusion.csv": (_read_confusion, None),
     }
     for name, (read, otherwise) in readers.items():
         parts.append(otherwise)
-        if (folder / name).exists():
+        path = folder / name
+        if path.exists() or path.is_symlink():
             try:
-                parts[-1] = read(folder / name)
-            except (OSError, ValueError, yaml.YAMLError, csv.Error):
+                if not path.is_file():
+                    raise ValueError("a pipe may never end, nor may a device")
+                parts[-1] = read(path)
+            except (OSError, OverflowError, ValueError, csv.Error):
                 problems.append(f"{method}/seed-{seed}/{name} is damaged and was passed over.")
     config, history, result, confusion = parts
     return SeedRun(folder, method, seed, config, history, result, confusion, tuple(problems))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError("not a mapping")
-    return config
 
 
 def _read_history(path: Path) -> dict[str, np.ndarray]:
@@ -250,7 +250,7 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
     values = [[_number(cell) for cell in row] for row in rows if len(row) == len(header)]
     # A resumed run repeats epochs; the later row is the one that it went on from.
     rows_by_epoch = {row[header.index("epoch")]: row for row in values}
-    ordered = [rows_by_epoch[epoch] for epoch in sorted(rows_by_epoch) if np.isfinite(epoch)]
+    ordered = [rows_by_epoch[e] for e in sorted(rows_by_epoch) if 0 <= e <= _MOST_COUNTED]
     history = dict(zip(header, np.reshape(ordered, (-1, len(header))).T, strict=True))
     if 0 in history["epoch"]:
         history["epoch"] += 1
@@ -259,16 +259,22 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return float("nan")
+    return number if abs(number) < _LARGEST_FLOAT32 or np.isinf(number) else float("nan")
 
 
 def _read_confusion(path: Path) -> Confusion:
     with open(path, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    counts = np.array([[int(value) for value in row[1:]] for row in rows])
-    names = tuple(header[1:])
-    if not names or counts.shape != (len(names), len(names)) or (counts < 0).any():
+    counts = np.array([[int(value) for value in row[1:]] for row in rows], np.int64)
+    names = tuple(csv_cells.read(name) for name in header[1:])
+    if (
+        not names
+        or counts.shape != (len(names), len(names))
+        or (abs(counts) > _MOST_COUNTED).any()
+        or (counts < 0).any()
+    ):
         raise ValueError("not a square of counts")
     return Confusion(names, counts)

@@ -4,11 +4,18 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from dskd_keras.errors import InputError
+
+# What a measured number can be, so that a file that was edited is not believed.
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+# A terminal shows it, and would obey its own characters.
+_Name = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +46,26 @@ class RunResult:
         dataset: Name of the data set.
     """
 
-    method: str
-    model: str
-    parameters: int
-    test_accuracy: float
-    best_accuracy: float | None = None
-    best_epoch: int | None = None
+    method: _Name
+    model: _Name
+    parameters: _Count
+    test_accuracy: _Share
+    best_accuracy: _Share | None = None
+    best_epoch: _Count | None = None
     best_chosen_on: str | None = None
-    images_per_second: float | None = None
-    seconds: float | None = None
-    epochs: int | None = None
-    seed: int | None = None
+    images_per_second: _Amount | None = None
+    seconds: _Amount | None = None
+    epochs: _Count | None = None
+    seed: _Count | None = None
     backend: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     teacher: dict[str, Any] | None = None
-    teacher_agreement: float | None = None
-    head_accuracies: dict[str, float] = dataclasses.field(default_factory=dict)
-    latency_ms: float | None = None
-    weight_bytes: int | None = None
+    teacher_agreement: _Share | None = None
+    head_accuracies: dict[str, _Share] = dataclasses.field(default_factory=dict)
+    latency_ms: _Amount | None = None
+    weight_bytes: _Count | None = None
     command: str | None = None
-    dataset: str | None = None
+    dataset: _Name | None = None
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunResult":
@@ -97,7 +104,7 @@ class RunResult:
             raise InputError(f"result: can't read '{path}': {error.strerror}.") from None
         except InputError as error:
             raise InputError(f"{error} File: '{path}'.") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"result: '{path}' is damaged: not JSON.") from None
 
     def to_json(self) -> str:

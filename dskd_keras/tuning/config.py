@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dskd_keras import checks
 from dskd_keras.data import kinds
 from dskd_keras.errors import InputError, unknown_name, wrong
-from dskd_keras.experiment.config import ExperimentConfig, Weighting
+from dskd_keras.experiment.config import MOST_SEED, ExperimentConfig, Weighting
 
 _NUMBERS = "two positive numbers, from and to"
 _RULES = {"weighting": "a list of names", "student_layers": "a list of lists of layers"}
@@ -82,6 +82,11 @@ def _check_ends(title: str, value: Sequence[float]) -> None:
     numbers = [isinstance(end, int | float) and math.isfinite(end) for end in value]
     if len(value) != 2 or not all(numbers) or min(value) <= 0:
         raise wrong(title, list(value), _NUMBERS)
+    for end in value:
+        if title == "ranges.temperature":
+            checks.temperature(title, end)
+        else:
+            checks.real(title, end, above=0)
     low, high = value
     if low > high:
         raise wrong(title, list(value), "the smaller number first")
@@ -132,7 +137,9 @@ class SearchConfig(ExperimentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole(1, "max_trials", "trial_epochs", "max_failures")
-        self.check_whole(0, "search_seed", "cached_views", "workers")
+        self.check_whole(0, "cached_views", "workers")
+        # KerasTuner takes 0 for none, so that it is given one more.
+        self.check_whole(0, "search_seed", most=MOST_SEED - 1)
         for name in ("chief_timeout", "worker_timeout"):
             checks.real(name, getattr(self, name), above=0)
         if not self.validation_fraction:

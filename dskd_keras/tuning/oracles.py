@@ -17,7 +17,6 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from sklearn.exceptions import ConvergenceWarning
 
 from dskd_keras import files
-from dskd_keras.errors import InputError
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.tuning import keras_tuner_internals
 from dskd_keras.tuning.config import SearchConfig
@@ -176,16 +175,14 @@ class DurableOracle(keras_tuner.Oracle):
         """
         if not self._file.is_file():
             return False
+        state = files.read_json("run_dir", self._file)
         try:
-            state = json.loads(self._file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(
-                f"run_dir: '{self._file}' is damaged: not JSON. Choose another --run_dir."
-            ) from None
-        trials = [Trial.from_state(trial) for trial in state["trials"]]
-        self.trials = {trial.trial_id: trial for trial in trials}
-        self._deaths = state["deaths"]
-        self.set_state(state["oracle"])
+            trials = [Trial.from_state(trial) for trial in state["trials"]]
+            self.trials = {trial.trial_id: trial for trial in trials}
+            self._deaths = dict(state["deaths"])
+            self.set_state(state["oracle"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise files.damaged("run_dir", self._file) from None
         ongoing = list(self.ongoing_trials.values())
         self.ongoing_trials.clear()
         for trial in ongoing:

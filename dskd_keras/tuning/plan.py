@@ -1,12 +1,13 @@
 """What a search tries and what has come of it, without models, so that a chief needs none."""
 
-import json
 from typing import Any
 
 import keras
 import keras_tuner
+import msgspec
 from rich.console import Console
 
+from dskd_keras import files
 from dskd_keras.errors import InputError
 from dskd_keras.experiment import build, run_folder
 from dskd_keras.experiment.config import ExperimentConfig
@@ -86,11 +87,13 @@ class SearchPlan:
         `InputError`.
         """
         self.check_configuration()
-        try:
-            summary = json.loads((self.folder / "search.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = self.folder / "search.json"
+        if not path.exists():
             return False
-        most, done = self.config.most_trials(), summary["trials"]
+        summary = files.read_json("run_dir", path)
+        most, done = self.config.most_trials(), summary.get("trials")
+        if "max_trials" not in summary or not isinstance(done, int):
+            raise files.damaged("run_dir", path)
         if summary["max_trials"] == most or (most is not None and most <= done):
             return True
         if not self.config.resume:
@@ -112,10 +115,15 @@ class SearchPlan:
                 text = path.read_text(encoding="utf-8") if path.is_file() else text
                 measured["error"] = (text.strip().splitlines() or ["unknown"])[-1]
             elif (folder / ranking.RESULT).is_file():
-                measured = json.loads((folder / ranking.RESULT).read_text(encoding="utf-8"))
-            measured["val_accuracy"] = trial.score
+                measured = files.read_json("run_dir", folder / ranking.RESULT)
+            # KerasTuner's is a number of NumPy.
+            measured["val_accuracy"] = None if trial.score is None else float(trial.score)
             values = self._hypermodel.values(trial.hyperparameters)
-            results.append(ranking.TrialResult(trial.trial_id, values, **measured))
+            known = {"trial": trial.trial_id, "values": values, **measured}
+            try:
+                results.append(msgspec.convert(known, ranking.TrialResult))
+            except msgspec.ValidationError:
+                raise files.damaged("run_dir", folder / ranking.RESULT) from None
         return results
 
     def report_ended(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dskd_keras import files
+from dskd_keras import csv_cells, files
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.tuning.config import SearchConfig
 
@@ -79,9 +79,7 @@ def write_csv(path: Path, rows: Sequence[TrialResult]) -> None:
     for row in rows:
         cells = {name: getattr(row, name) for name in columns} | row.values
         # What is missing or None is an empty cell.
-        writer.writerow(
-            {name: format_value(cell) for name, cell in cells.items() if cell is not None}
-        )
+        writer.writerow({name: _cell(cell) for name, cell in cells.items() if cell is not None})
     files.write_text(path, text.getvalue())
 
 
@@ -102,6 +100,11 @@ def write_best(path: Path, config: SearchConfig, best: TrialResult) -> Experimen
         f"validation images.\n# Command:  python train.py --config {path}\n{experiment.to_yaml()}",
     )
     return experiment
+
+
+def _cell(value: Any) -> str:
+    text = format_value(value)
+    return text if isinstance(value, int | float) else csv_cells.shown(text)
 
 
 def format_value(value: Any, between: str = "+") -> str:

@@ -86,6 +86,11 @@ def _begin(search: SearchPlan) -> None:
         search.oracle.unreported.clear()
         console.print(f"Continuing after {len(search.oracle.ended())} trial(s).")
     else:
+        if any(search.folder.glob("trial_*")):
+            raise InputError(
+                f"resume: '{search.folder}/oracle.json', which says what the trials beside it are, "
+                "is missing. Start without --resume, which sets aside what is there."
+            )
         if config.resume:
             console.print(f"There is nothing to resume in '{search.folder}': a new search begins.")
         files.write_text(search.folder / "config.yaml", config.to_yaml())

@@ -20,7 +20,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial
 from rich.console import Console
 
-from dskd_keras import files
+from dskd_keras import files, yaml_files
 from dskd_keras.errors import InputError, TrainingError
 from dskd_keras.experiment import build, cached_targets, run_folder, teachers, training
 from dskd_keras.experiment.checkpoints import CheckpointFolder
@@ -58,7 +58,7 @@ def run_all(search: SearchPlan, run: Run) -> None:
         here["teacher"] = cached_targets.key(teacher, None, run.dataset, None)
     path = search.folder / "environment.yaml"
     if path.is_file():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = yaml_files.read("resume", path)
         training.check_conditions(search.folder, there, here)
     else:
         files.write_text(path, yaml.safe_dump(here))
