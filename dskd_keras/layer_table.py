@@ -22,6 +22,12 @@ from dskd_keras.walking import Graph
 _WIDTH = 120
 
 
+_LEGEND = {
+    "student": 'student: one that student_layers="auto" takes.',
+    "teacher": "teacher: the one that teacher_layer=None takes.",
+}
+
+
 class Row(NamedTuple):
     """A layer of a model.
 
@@ -88,7 +94,8 @@ def summary(model: keras.Model, output: int = 0) -> None:
     table.add_column("parameters up to it", justify="right")
     table.add_column("suggested as")
     section = 0
-    for row in rows(model, output):
+    listed = rows(model, output)
+    for row in listed:
         if row.section != section:
             table.add_section()
             section = row.section
@@ -99,8 +106,12 @@ def summary(model: keras.Model, output: int = 0) -> None:
     width = None if sys.stdout.isatty() else _WIDTH
     console = Console(width=width, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
-    for note in notes:
-        console.print(note)
+    shown = {role for roles in taken.values() for role in roles}
+    legend = [text for role, text in _LEGEND.items() if role in shown]
+    if any(None in row.shape[1:] for row in listed):
+        legend.append("?: a size that is known when the model runs.")
+    for line in (*legend, *notes):
+        console.print(line)
 
 
 def rows(model: keras.Model, output: int = 0) -> list[Row]:

@@ -172,10 +172,20 @@ def test_the_summary_shows_the_names_and_what_is_suggested(capsys):
     assert by_name["stage1"] == ["stage1", "[B,", "8,", "8,", "4]", "92", "20.6%", "student"]
     assert by_name["stage2"] == ["stage2", "[B,", "4,", "4,", "8]", "420", "94.0%", "teacher"]
     assert by_name["logits"] == ["logits", "[B,", "3]", "447", "100.0%"]
-    assert "images" not in printed and not printed.rstrip().endswith(".")
+    assert "images" not in printed
+    # What the last column means, no doubts, and no unknown sizes.
+    assert printed.splitlines()[-2:] == [
+        'student: one that student_layers="auto" takes.',
+        "teacher: the one that teacher_layer=None takes.",
+    ]
     # Between resolutions a line is empty.
     names = [line[0] if line else "" for line in lines]
     assert names[names.index("stage1") + 1] == "" == names[names.index("stage2") + 1]
+
+
+def test_the_summary_says_what_is_not_known_before_the_model_runs(capsys):
+    layer_table.summary(chain(layers.Conv2D(3, 3, name="only"), shape=(None, None, 3)))
+    assert "?: a size that is known when the model runs." in capsys.readouterr().out
 
 
 def test_the_summary_says_doubts(capsys):
