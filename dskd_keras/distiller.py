@@ -92,8 +92,8 @@ def _number(name: str) -> Any:
     def write(self: "Distiller", value: Any) -> None:
         if name == "temperature" and not self._objective.strategies.shares_temperature:
             raise InputError(
-                f"temperature: {value!r}, but prediction_loss is an object, which has its own. "
-                "Set it there, or give the loss by its name."
+                f"temperature: {value!r}, but prediction_loss is an object, which has its own, or "
+                "a function without one. Set it there, or give the loss by its name."
             )
         self.coefficients.write(self, name, value)
 

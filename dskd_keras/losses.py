@@ -541,12 +541,34 @@ def get(field: str, identifier: Any) -> keras.losses.Loss | Callable[..., Any]:
         loss = keras.saving.deserialize_keras_object(identifier)
     is_function = callable(loss) and not isinstance(loss, type)
     if isinstance(loss, keras.losses.Loss) or is_function:
+        _check_arguments(field, loss)
         return loss
     raise wrong(
         field,
         identifier,
         f"one of {', '.join(_LOSSES)}, a configuration, a keras.losses.Loss object or a function",
     )
+
+
+def _check_arguments(field: str, loss: keras.losses.Loss | Callable[..., Any]) -> None:
+    """Raises `InputError` where a loss needs what nobody gives it."""
+    function = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some functions that are written in C
+        return
+    given = ("mask",) if field == "feature_loss" else ("label", "mask", "temperature")
+    for parameter in parameters[2:]:
+        optional = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if not optional and parameter.name not in given:
+            raise InputError(
+                f"{field}: {getattr(loss, '__name__', type(loss).__name__)} needs "
+                f"'{parameter.name}', which is not given to it. Beside the teacher's side and the "
+                f"student's it may name {' and '.join(given)}."
+            )
 
 
 def values(

@@ -1,6 +1,7 @@
 """The objective of a training step: the weighted sum of its terms."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class Strategies:
     Attributes:
         prediction_loss: A `keras.losses.Loss`, a function, or None where the compiled loss decides.
         feature_loss: A `keras.losses.Loss` or a function.
-        shares_temperature: Whether the prediction loss takes the distiller's temperature.
+        shares_temperature: Whether the prediction loss takes the distiller's temperature: one by
+            name, and a function with such an argument. An object has its own.
     """
 
     prediction_loss: Any
@@ -216,12 +218,15 @@ def strategies(prediction_loss: Any, feature_loss: Any, classes: int, compares: 
     Raises:
         InputError: A name is unknown, or the prediction loss can only be zero.
     """
-    by_name = prediction_loss is None or isinstance(prediction_loss, str)
+    shares_temperature = prediction_loss is None or isinstance(prediction_loss, str)
     if prediction_loss is not None:
         prediction_loss = losses.get("prediction_loss", prediction_loss)
         if compares:
             terms.check_not_zero(prediction_loss, classes)
-    return Strategies(prediction_loss, losses.get("feature_loss", feature_loss), by_name)
+        if not isinstance(prediction_loss, keras.losses.Loss):
+            parameters = inspect.signature(prediction_loss).parameters
+            shares_temperature = "temperature" in parameters
+    return Strategies(prediction_loss, losses.get("feature_loss", feature_loss), shares_temperature)
 
 
 def feature_names(

@@ -2,11 +2,14 @@ import dataclasses
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import dskd_keras
+from dskd_keras import heads, losses, weighting
+from dskd_keras.experiment import config as config_module
 from dskd_keras.experiment.command_line import parse
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.tuning.config import SearchConfig
@@ -164,6 +167,15 @@ def test_bad_files(tmp_path, text, message):
     with pytest.raises(dskd_keras.InputError) as error:
         read(*PAIR, "--config", str(file))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_line_has_the_names_that_the_package_has():
+    of_maps = {*typing.get_args(config_module.FeatureLoss)}
+    of_logits = {*typing.get_args(config_module.PredictionLoss)} - {"kl_divergence_with_labels"}
+    # Data sets of the command line have classes, so that no binary loss is compiled.
+    assert of_maps | of_logits | {"binary_kl_divergence"} == {*losses.names()}
+    assert {*typing.get_args(config_module.Head)} - {"teacher_classifier"} == {*heads.names()}
+    assert {*typing.get_args(config_module.Weighting)} == {*weighting.names()}
 
 
 def test_one_teacher_layer_or_one_for_each(tmp_path):

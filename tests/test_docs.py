@@ -183,6 +183,8 @@ def test_every_field_that_a_page_names_is_one():
 def test_the_pairs_are_all_named_with_the_figures_of_their_rows():
     text = (ROOT / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", text, re.MULTILINE))
+    table = re.search(r"^\| pair \|.*?\n\n", text, re.M | re.S)[0]
+    assert table in (DOCS / "tables.md").read_text()
     for path in (ROOT / "configs").glob("*.yaml"):
         assert f"`{path.stem}`" in text
         published = re.findall(r"\b\d\d\.\d\d\b", path.read_text().partition("Command:")[0])

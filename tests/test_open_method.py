@@ -104,6 +104,23 @@ def test_the_objective_is_that_of_the_losses_given():
         assert logs[f"deep_feature_loss/{layer}"] == pytest.approx(difference.mean(), rel=1e-4)
 
 
+def softened(y_true, y_pred, temperature):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred) / temperature, axis=-1)
+
+
+@small.eagerly()
+def test_a_function_may_take_the_temperature():
+    x, y = small.images(6)
+    distiller = make(prediction_loss=softened, temperature=2.0)
+    p, q = (array(m(x)) for m in (distiller.teacher.model, distiller.student))
+    expected = np.square(p - q).mean() / 2.0
+    assert step(distiller, x, y)["prediction_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def needs_labels(y_true, y_pred, labels):
+    return y_true
+
+
 def scalar(y_true, y_pred):
     return keras.ops.mean(y_true - y_pred)
 
@@ -121,6 +138,12 @@ def scalar(y_true, y_pred):
             "prediction_loss: scalar gives one value for the whole batch",
         ),
         ({"feature_loss": scalar}, "feature_loss: scalar gives one value for the whole batch"),
+        (
+            {"prediction_loss": needs_labels},
+            "prediction_loss: needs_labels needs 'labels', which is not given to it. Beside the "
+            "teacher's side and the student's it may name label and mask and temperature.",
+        ),
+        ({"feature_loss": needs_labels}, "feature_loss: needs_labels needs 'labels'.* name mask"),
         ({"head": Pointwise(3)}, r"feature_mean_squared_error|channels"),
     ],
 )

@@ -82,7 +82,8 @@ def parse(config_class: type[Config], argv: Sequence[str], command: str) -> Conf
             and field.name not in given
         ):
             raise InputError(
-                f"{field.name}: not given. Choose a pair (--pair NAME) or name a model."
+                f"{field.name}: not given. Choose a pair (--pair NAME) or name a model. Pairs: "
+                f"{', '.join(pair_files())}."
             )
     parser = _parser(config_class, command)
     try:
@@ -146,8 +147,10 @@ def _add_fields(
         text = " ".join((helps.get(field.name) or "").split())
         if "default" in options and options["default"] is not None:
             text += f" Default: {_shown(options['default'])}."
-        options["metavar"] = _placeholder(kind)
-        action = group.add_argument(f"--{name}", type=kind, help=text, **options)
+        options["metavar"] = "NAME" if name == "pair" else _placeholder(kind)
+        # Beside --config: a pair is a file of settings, too.
+        place = parser if name == "pair" else group
+        action = place.add_argument(f"--{name}", type=kind, help=text, **options)
         # Without the form that appends to a list, `--seeds+`: a list is given as a whole.
         action.option_strings = action.option_strings[:1]
     return group

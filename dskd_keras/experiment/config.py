@@ -38,7 +38,7 @@ class ExperimentConfig:
     Args:
         teacher: Name of the teacher's model.
         student: Name of the student's model.
-        pair: Name of the file in configs/ that the other values came from.
+        pair: Takes the values of configs/NAME.yaml, such as resnet56_resnet20; flags come on top.
         method: dskd supervises the student's shallow layers too, kd its output alone, ce trains it
             on the labels without a teacher.
         dataset: digits, cifar100, tiny_imagenet, the name of any image-classification set of
@@ -63,10 +63,11 @@ class ExperimentConfig:
         deep_feature_weight: Coefficient of the feature-map losses of the shallow layers.
         deep_supervision: Share of the training in which the shallow layers are supervised; below 1
             their two coefficients fall to 0 linearly until then.
-        prediction_loss: What compares logits: kl_divergence, or another loss of
-            dskd_keras.losses.
+        prediction_loss: What compares logits: a loss of dskd_keras.losses.
+            kl_divergence_with_labels is under study and may go; it wants label_weight 0.
         feature_loss: What compares feature maps.
-        head: What sits on a supervised layer while the student is trained.
+        head: What sits on a supervised layer while the student is trained. teacher_classifier is
+            under study and may go.
         weighting: How the shallow layers share those two coefficients: softmax, proportional,
             inverse, uniform, or relative to what each layer's loss was on average so far.
         weighting_temperature: Of the softmax weighting: a smaller one gives more to the largest
@@ -95,7 +96,8 @@ class ExperimentConfig:
         teacher_dtype: Precision in which it then teaches; its outputs are float32. bfloat16 and
             float16 pay on a processor or an accelerator that computes in them.
         min_teacher_accuracy: A teacher with a lower test accuracy (0 to 1) is refused.
-        run_dir: Where the run is written. Default: runs/ and the pair's name.
+        run_dir: Where the run is written. Default: runs/ and the pair's name, else
+            TEACHER_STUDENT.
         include_preprocessing: Save the student with the normalisation inside, so that it takes
             pixels from 0 to 255.
         export: Formats in which to save the student too, for use without Keras.

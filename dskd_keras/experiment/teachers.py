@@ -63,11 +63,18 @@ def obtain(run: Run) -> MeasuredTeacher:
     classes = np.argmax(logits, axis=-1)
     accuracy = evaluation.accuracy(classes, run.dataset)
     run.say(f"Teacher {model.name}: {100 * accuracy:.2f} % on the test set ({path})")
+    chance = 1 / run.dataset.num_classes
+    if accuracy < 2 * chance:
+        run.say(
+            f"Warning: that is hardly more than chance, {100 * chance:.2f} %. Train it longer "
+            "(--teacher_epochs), and refuse such teachers (--min_teacher_accuracy)."
+        )
     if accuracy < config.min_teacher_accuracy:
         raise InputError(
             f"min_teacher_accuracy: the teacher '{path}' reaches {accuracy:.4f} on the test set, "
             f"less than the {config.min_teacher_accuracy} asked for. Train it longer "
-            "(--teacher_epochs), give another (--teacher_weights) or lower the bar."
+            "(--teacher_epochs), give another (--teacher_weights) or lower the bar "
+            "(--min_teacher_accuracy)."
         )
     fields = {
         **trained, **measured, "method": "teacher", "dataset": run.dataset.name,

@@ -101,6 +101,7 @@ class SearchConfig(ExperimentConfig):
     Args:
         validation_fraction: Share of the training images held out to compare the trials by. The
             test images are for the end alone.
+        seeds: Each trial is trained with each; what counts is the mean of their accuracies.
         resume: Go on with an interrupted search, or, with more max_trials, with a finished one.
         tuner: hyperband gives many trials few epochs and goes on with the best, bayesian learns
             from the trials before, random tries.
