@@ -495,4 +495,5 @@ def test_one_sentence_sets_the_student_beside_its_teacher():
     )
     better = RunResult("dskd", "resnet8", 3, 0.91)
     assert gained([teacher, better]) == "resnet8 is 1.00 points more accurate."
+    assert gained([teacher, RunResult("kd", "resnet8", 3, 0.9)]) == "resnet8 is as accurate."
     assert gained(students) is None and gained([teacher]) is None

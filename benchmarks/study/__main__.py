@@ -4,6 +4,7 @@ Cells that are kept in benchmarks/results/study/ are not trained again, so that 
 a fresh clone. A cell that was stopped goes on from its last checkpoint, on the same machine.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -33,34 +34,37 @@ def main(
             two.
         only: Names of cells, separated by ; to train no others.
         most: Train so many at most; 0 writes the table of what is there.
-        smoke: Train every cell for two steps in a temporary folder and keep nothing: does it run?
+        smoke: true trains every cell for two steps in a temporary folder and keeps nothing: does it
+            run?
     """
     if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         startup.import_tensorflow()  # without what it says of every processor
     from benchmarks.study import cells, evidence, plan, preparation, tables
 
     grid = plan.read(name)
-    if smoke:
-        grid = plan.smoke(grid)
-        plan.KEPT = cells.WORK = Path(tempfile.mkdtemp(prefix="study-"))
-    console = Console(width=140, soft_wrap=True, highlight=False)
-    chosen = grid.all_cells()
-    if only is not None:
-        wanted = [part.strip() for part in only.split(";")]
-        chosen = [cell for cell in chosen if cell.name in wanted]
-    left = [cell for cell in chosen if not cells.is_kept(grid.scale, cell)][:most]
-    failed = []
-    if left:
-        preparation.prepare(grid.scale, at_once * threads, console.print)
-        failed = cells.run(grid.scale, left, at_once, threads, console.print)
-    rows = evidence.rows(grid)
-    console.print(tables.table(grid, rows))
-    for path in tables.write(grid, rows):
-        console.print(f"Written: {path}")
-    for cell, reason in failed:
-        console.print(f"\n{cell.name}, seed {cell.seed}, failed:\n{reason}", markup=False)
-    if failed:
-        sys.exit(1)
+    with contextlib.ExitStack() as stack:
+        if smoke:
+            grid = plan.smoke(grid)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="study-"))
+            plan.KEPT = cells.WORK = Path(folder)
+        console = Console(width=140, soft_wrap=True, highlight=False)
+        chosen = grid.all_cells()
+        if only is not None:
+            wanted = [part.strip() for part in only.split(";")]
+            chosen = [cell for cell in chosen if cell.name in wanted]
+        left = [cell for cell in chosen if not cells.is_kept(grid.scale, cell)][:most]
+        failed = []
+        if left:
+            preparation.prepare(grid.scale, at_once * threads, console.print)
+            failed = cells.run(grid.scale, left, at_once, threads, console.print)
+        rows = evidence.rows(grid)
+        console.print(tables.table(grid, rows))
+        for path in tables.write(grid, rows):
+            console.print(f"Written: {path}")
+        for cell, reason in failed:
+            console.print(f"\n{cell.name}, seed {cell.seed}, failed:\n{reason}", markup=False)
+        if failed:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

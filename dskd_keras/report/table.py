@@ -78,7 +78,8 @@ def gained(results: Iterable[RunResult]) -> str | None:
         statistics.mean(known(row, "test_accuracy")) for row in (students[0], teachers[0])
     ]
     points = 100 * (accuracies[0] - accuracies[1])
-    parts.append(f"is {abs(points):.2f} points {'less' if points < 0 else 'more'} accurate")
+    difference = f"{abs(points):.2f} points {'less' if points < 0 else 'more'}"
+    parts.append(f"is {difference} accurate" if points else "is as accurate")
     listed = ", ".join(parts[:-1])
     return f"{students[0][0].model} {f'{listed} and ' if listed else ''}{parts[-1]}."
 
