@@ -68,7 +68,7 @@ def gained(results: Iterable[RunResult]) -> str | None:
     parts = []
     for field, text in (
         ("weight_bytes", "takes {:.2f} of the memory of {}"),
-        ("latency_ms", "answers in {:.2f} of its time"),
+        ("latency_ms", "predicts one image in {:.2f} of its time"),
     ):
         of_teacher, of_student = (known(row, field) for row in (teachers[0], students[0]))
         if of_teacher and of_student:
