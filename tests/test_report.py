@@ -490,8 +490,8 @@ def test_one_sentence_sets_the_student_beside_its_teacher():
         for seed, accuracy in enumerate((0.86, 0.88))
     ]
     assert gained([teacher, *students]) == (
-        "resnet8 takes 0.25 of the memory of resnet20, predicts one image in 0.25 of its time and is "
-        "3.00 points less accurate."
+        "resnet8 takes 0.25 of the memory of resnet20, predicts one image in 0.25 of its time and "
+        "is 3.00 points less accurate."
     )
     better = RunResult("dskd", "resnet8", 3, 0.91)
     assert gained([teacher, better]) == "resnet8 is 1.00 points more accurate."
