@@ -67,5 +67,6 @@ __getattr__, __dir__ = attach(__name__, _HOMES)
 
 # Keras finds the classes of a saved distiller only where they have been imported. The commands
 # (dskd_commands.py) put that off until they have read their flags: a mistake is answered at once.
+# The processes that decode images (data/prefetching.py) need no Keras at all.
 if not os.environ.get("DSKD_KERAS_DEFER"):
     from dskd_keras import distiller, folding, heads, losses, optimizers, weighting  # noqa: F401

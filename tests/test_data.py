@@ -15,7 +15,8 @@ from PIL import Image
 
 from dskd_keras import data
 from dskd_keras.data import arrays, kinds
-from dskd_keras.data.batches import EvaluationBatches, TrainingBatches, normalize
+from dskd_keras.data.batches import EvaluationBatches, TrainingBatches
+from dskd_keras.data.pixels import normalize
 from dskd_keras.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -1,3 +1,7 @@
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +14,8 @@ from dskd_keras.errors import InputError
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("tensorflow")
 
-PREPARED = Path(__file__).resolve().parents[2] / "shared" / "tfds"
+ROOT = Path(__file__).resolve().parents[1]
+PREPARED = ROOT.parent / "shared" / "tfds"
 
 
 def stripes(count, height=6, width=5, first=0):
@@ -205,3 +210,124 @@ def test_cifar100():
     assert dataset.class_names[:2] == ("apple", "aquarium_fish")
     assert dataset.augmentation == "crop_flip"
     assert dataset.notes == ()
+
+
+# Streams
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where the places of images are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dskd_keras"
+
+
+def streamed(name, folder, **settings):
+    return data.load(name, data_dir=folder, stream=True, stream_workers=0, **settings)
+
+
+def assert_same_images(stream, memory):
+    for part in ("train", "test"):
+        images, expected = getattr(stream, f"x_{part}"), getattr(memory, f"x_{part}")
+        assert isinstance(images, data.ImageStream)
+        assert images.shape == expected.shape
+        np.testing.assert_array_equal(images[:], expected)
+        np.testing.assert_array_equal(getattr(stream, f"y_{part}"), getattr(memory, f"y_{part}"))
+    assert (stream.mean, stream.std) == (memory.mean, memory.std)
+    assert stream.class_names == memory.class_names
+    assert stream.notes == memory.notes
+
+
+@pytest.mark.parametrize("name", ["dskd_stripes", "dskd_stripes_validation", "dskd_stripes_train"])
+def test_a_stream_holds_the_images_in_memory(tmp_path, cache, name):
+    memory = data.load(name, data_dir=tmp_path)
+    assert_same_images(streamed(name, tmp_path), memory)
+
+
+@pytest.mark.once
+def test_a_stream_of_array_records(tmp_path, cache):
+    memory = data.load("dskd_stripes", data_dir=tmp_path / "records")
+    builder = tfds.builder("dskd_stripes", data_dir=tmp_path / "arrays", file_format="array_record")
+    builder.download_and_prepare()
+    stream = streamed("dskd_stripes", tmp_path / "arrays")
+    assert_same_images(stream, memory)
+    # As it is sent to the processes that decode.
+    again = pickle.loads(pickle.dumps(stream.x_train))
+    np.testing.assert_array_equal(again[:5], memory.x_train[:5])
+
+
+def test_a_stream_of_several_files_of_records(tmp_path, cache):
+    config = tfds.download.DownloadConfig(num_shards=3)
+    builder = tfds.builder("dskd_stripes", data_dir=tmp_path)
+    builder.download_and_prepare(download_config=config)
+    stream, memory = (
+        streamed("dskd_stripes", tmp_path),
+        data.load("dskd_stripes", data_dir=tmp_path),
+    )
+    assert len(list(tmp_path.rglob("*train.tfrecord-*"))) == 3
+    # TFDS reads the files of a set in turns: another order.
+    numbers = stream.x_train[:][:, 0, 0, 0]
+    assert sorted(numbers) == sorted(memory.x_train[:, 0, 0, 0])
+    np.testing.assert_array_equal(numbers % 2, stream.y_train)
+
+
+@pytest.mark.once
+def test_the_places_of_images_are_looked_up_once(tmp_path, cache, monkeypatch, capfd):
+    first = streamed("dskd_stripes", tmp_path)
+    assert "Looking 300 images of 'train' up" in capfd.readouterr().err
+    kept = sorted(cache.iterdir())
+    assert len(kept) == 2
+    assert streamed("dskd_stripes", tmp_path).fingerprint == first.fingerprint
+    assert "Looking" not in capfd.readouterr().err
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:100])
+    assert streamed("dskd_stripes", tmp_path).fingerprint == first.fingerprint
+    assert "Looking" in capfd.readouterr().err
+    # A cache that can't be written is gone without.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert streamed("dskd_stripes", tmp_path).fingerprint == first.fingerprint
+
+
+@pytest.mark.once
+def test_records_that_end_too_early_are_refused(tmp_path, cache):
+    data.load("dskd_stripes", data_dir=tmp_path)
+    (path,) = tmp_path.rglob("*train.tfrecord-*")
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    with pytest.raises(InputError, match=r"ends within a record\); remove that folder"):
+        streamed("dskd_stripes", tmp_path)
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes(content[: length + 16])
+    with pytest.raises(InputError, match="has 1 of 300 images in 'train'"):
+        streamed("dskd_stripes", tmp_path)
+
+
+@pytest.mark.once
+def test_a_stream_of_images_of_several_sizes_needs_image_size(tmp_path, cache):
+    with pytest.raises(InputError, match=r"differ in size.* --image_size"):
+        streamed("dskd_stripes_sizes", tmp_path)
+    stream = streamed("dskd_stripes_sizes", tmp_path, image_size=12)
+    assert stream.x_train[:].shape == (10, 12, 12, 3)
+
+
+@pytest.mark.once
+def test_a_stream_needs_no_tensorflow(cache):
+    if not (PREPARED / "cifar100").is_dir():
+        pytest.skip("needs CIFAR-100")
+    script = (
+        "import sys, dskd_keras\n"
+        "class Missing:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'tensorflow':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing)\n"
+        "from dskd_keras import data\n"
+        "read = data.load('cifar100', data_dir=sys.argv[1], stream=True, stream_workers=0)\n"
+        "assert read.x_train[:300].shape == (300, 32, 32, 3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, PREPARED],
+        env={**os.environ, "KERAS_BACKEND": "torch", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

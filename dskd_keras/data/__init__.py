@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING
 from dskd_keras._lazy import attach
 
 if TYPE_CHECKING:
-    from dskd_keras.data.batches import EvaluationBatches, FixedViews, TrainingBatches, normalize
-    from dskd_keras.data.dataset import AUGMENTATIONS, ImageDataset
+    from dskd_keras.data.batches import EvaluationBatches, FixedViews, TrainingBatches
+    from dskd_keras.data.dataset import ImageDataset
     from dskd_keras.data.loading import load
+    from dskd_keras.data.pixels import AUGMENTATIONS, normalize
+    from dskd_keras.data.streams import ImageStream
 
 __all__ = [
     "AUGMENTATIONS",
     "EvaluationBatches",
     "FixedViews",
     "ImageDataset",
+    "ImageStream",
     "TrainingBatches",
     "load",
     "normalize",
@@ -22,12 +25,13 @@ __all__ = [
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "AUGMENTATIONS": "dataset",
+        "AUGMENTATIONS": "pixels",
         "EvaluationBatches": "batches",
         "FixedViews": "batches",
         "ImageDataset": "dataset",
+        "ImageStream": "streams",
         "TrainingBatches": "batches",
         "load": "loading",
-        "normalize": "batches",
+        "normalize": "pixels",
     },
 )

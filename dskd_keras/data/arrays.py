@@ -1,13 +1,17 @@
-"""Arrays of images: where they live, how they are divided, and what their channels average to."""
+"""Many images: where arrays live, how they are divided, and what their channels average to."""
 
 import math
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
+from dskd_keras.data import pixels
+from dskd_keras.data.plans import Images
 from dskd_keras.data.reading import in_threads, needed
+from dskd_keras.data.streams import ImageStream
 from dskd_keras.errors import InputError
 
 # Every split is made with this seed and not with a run's: a teacher and all seeds of its students
@@ -16,6 +20,9 @@ SPLIT_SEED = 0
 HELD_OUT = 0.2
 IN_MEMORY_BYTES = 4 * 2**30
 _CHUNK_BYTES = 64 * 2**20
+# Of a stream so many images give the mean and the deviation of its channels.
+SAMPLED = 10_000
+_IMAGES_A_TASK = 64
 
 
 def allocate_images(shape: Sequence[int]) -> np.ndarray:
@@ -39,25 +46,31 @@ def allocate_images(shape: Sequence[int]) -> np.ndarray:
         return np.memmap(file, np.uint8, "w+", shape=tuple(shape)).view(np.ndarray)
 
 
-def take(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns a copy of `images[indices]`, on disk where it is large."""
+def take(images: Images, indices: np.ndarray) -> Images:
+    """Returns a copy of `images[indices]`, on disk where it is large; of a stream, a stream."""
+    if isinstance(images, ImageStream):
+        return images.subset(indices)
     taken = allocate_images((len(indices), *images.shape[1:]))
     for part in chunks(taken):
         taken[part] = images[indices[part]]
     return taken
 
 
+def divide(images: Images, count: int) -> tuple[Images, Images]:
+    """Returns the first `count` images and the others, without copying any."""
+    if isinstance(images, ImageStream):
+        return images.subset(np.arange(count)), images.subset(np.arange(count, len(images)))
+    return images[:count], images[count:]
+
+
 def resize(images: np.ndarray, size: int) -> np.ndarray:
     """Returns uint8 `[N, size, size, C]`, bilinear and antialiased, with Pillow."""
     if images.shape[1:3] == (size, size):
         return images
-    pillow = needed("PIL.Image", "pillow")
     resized = allocate_images((len(images), size, size, images.shape[3]))
 
     def resize_one(index: int) -> None:
-        for channel in range(images.shape[3]):
-            image = pillow.fromarray(np.ascontiguousarray(images[index, :, :, channel]))
-            resized[index, :, :, channel] = image.resize((size, size), pillow.Resampling.BILINEAR)
+        resized[index] = pixels.resize(images[index], (size, size))
 
     in_threads(resize_one, range(len(images)))
     return resized
@@ -102,18 +115,32 @@ def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     return train, test, note
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns each channel's mean and standard deviation, of pixels in [0, 1].
 
     Counts how often each of the 256 values occurs and sums in integers: this needs no float copy
     of the images, and the result, which enters a teacher's fingerprint, is the same on every
     machine. The deviation of a constant channel is given as 1: dividing by it leaves zeros.
+
+    Of a stream of more than 10,000 images so many are counted, at even distances.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
-    for part in chunks(images):
-        for channel, pixels in enumerate(images[part].reshape(-1, channels).T):
-            counts[channel] += np.bincount(pixels, minlength=256)
+    lock = threading.Lock()
+
+    def count(some: np.ndarray) -> None:
+        for channel, values in enumerate(some.reshape(-1, channels).T):
+            found = np.bincount(values, minlength=256)
+            with lock:
+                counts[channel] += found
+
+    if isinstance(images, ImageStream):
+        sample = np.linspace(0, len(images) - 1, min(len(images), SAMPLED)).astype(int)
+        parts = range(0, len(sample), _IMAGES_A_TASK)
+        in_threads(lambda start: count(images[sample[start : start + _IMAGES_A_TASK]]), parts)
+    else:
+        for part in chunks(images):
+            count(images[part])
     # Python's integers: the squares of the sums don't fit in 64 bits.
     exact, values = counts.astype(object), np.arange(256).astype(object)
     number, total, squares = exact.sum(axis=1), exact @ values, exact @ values**2

@@ -7,20 +7,16 @@ import hashlib
 import numpy as np
 
 from dskd_keras.data import arrays
-from dskd_keras.errors import InputError, unknown_name, wrong
+from dskd_keras.data.pixels import check_augmentation
+from dskd_keras.data.plans import Images
+from dskd_keras.data.streams import ImageStream
+from dskd_keras.errors import InputError, wrong
 
-AUGMENTATIONS = ("crop_flip", "crop", "none")
 # The confusion matrix has as many rows and columns.
 MOST_CLASSES = 10_000
 
 
-def check_augmentation(name: str) -> None:
-    """Raises `InputError` unless `name` is one of `AUGMENTATIONS`."""
-    if name not in AUGMENTATIONS:
-        raise unknown_name("augmentation", name, AUGMENTATIONS)
-
-
-def check_arrays(x: str, images: np.ndarray, y: str, labels: np.ndarray) -> None:
+def check_arrays(x: str, images: Images, y: str, labels: np.ndarray) -> None:
     """Raises `InputError` unless images, in field `x`, and labels, in `y`, can be trained on."""
     if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
         raise InputError(
@@ -48,14 +44,14 @@ class LoadedImages:
     """What `ImageDataset` holds and checks, with a normalisation that may not be known yet."""
 
     name: str
-    x_train: np.ndarray
+    x_train: Images
     y_train: np.ndarray
-    x_test: np.ndarray
+    x_test: Images
     y_test: np.ndarray
     class_names: tuple[str, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    x_validation: np.ndarray | None = None
+    x_validation: Images | None = None
     y_validation: np.ndarray | None = None
     augmentation: str = "crop_flip"
     notes: tuple[str, ...] = ()
@@ -111,7 +107,7 @@ class ImageDataset(LoadedImages):
 
     Attributes:
         name: What tables and pictures call it.
-        x_train: uint8 `[N, H, W, C]`, pixels in [0, 255].
+        x_train: uint8 `[N, H, W, C]`, pixels in [0, 255]; all three parts may be an `ImageStream`.
         y_train: int32 `[N]`, classes from 0.
         x_test: uint8 `[M, H, W, C]`.
         y_test: int32 `[M]`.
@@ -121,7 +117,7 @@ class ImageDataset(LoadedImages):
             of the training images.
         x_validation: uint8 `[K, H, W, C]`, or `None` without a validation split.
         y_validation: int32 `[K]`, or `None`.
-        augmentation: `"crop_flip"`, `"crop"` or `"none"`: what suits these images by default.
+        augmentation: One of `AUGMENTATIONS`: what suits these images by default.
         notes: Sentences that a user should read before trusting a number.
 
     Raises:
@@ -151,12 +147,16 @@ class ImageDataset(LoadedImages):
         """A short hex string that stands for what a teacher is trained on.
 
         It covers the training images and labels, the normalisation and the number of classes, and
-        is the same in every process and on every machine for the same contents.
+        is the same in every process and on every machine for the same contents. Of a stream it
+        covers the names of the images and their sizes in bytes instead of their pixels.
         """
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.x_train.shape, self.num_classes)).encode())
         digest.update(np.asarray([self.mean, self.std], "<f8").tobytes())
         digest.update(self.y_train.astype("<i4").tobytes())
+        if isinstance(self.x_train, ImageStream):
+            digest.update(self.x_train.identity())
+            return digest.hexdigest()
         for part in arrays.chunks(self.x_train):
             digest.update(np.ascontiguousarray(self.x_train[part]).data)
         return digest.hexdigest()

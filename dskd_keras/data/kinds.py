@@ -32,3 +32,12 @@ def kind(dataset: str | os.PathLike[str]) -> Literal["digits", "npz", "folder", 
     if path.is_absolute() or name.startswith((".", "~")):
         raise wrong("dataset", name, "an existing folder of images or a .npz file")
     return "tfds"
+
+
+def check_stream(dataset: str | os.PathLike[str], stream: bool | None) -> None:
+    """Raises `InputError` where a data set is not there, or is to be a stream and can't."""
+    if kind(dataset) in ("digits", "npz") and stream:
+        raise InputError(
+            f"stream: True, but {dataset} is read into memory as a whole. Folders of images and "
+            "sets of TensorFlow Datasets can be streams."
+        )

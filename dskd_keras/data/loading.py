@@ -9,7 +9,11 @@ from dskd_keras import checks
 from dskd_keras.data import arrays, kinds, sources
 from dskd_keras.data.dataset import ImageDataset, LoadedImages
 from dskd_keras.data.reading import AnyPath, needed
+from dskd_keras.data.streams import ImageStream
 from dskd_keras.errors import wrong
+
+# Pixels a side from which a window of the image is as good as the whole: those of photographs.
+_LARGE = 128
 
 
 def load(
@@ -19,8 +23,10 @@ def load(
     image_size: int | None = None,
     train_examples: int | None = None,
     validation_fraction: float = 0.0,
+    stream: bool | None = False,
+    stream_workers: int | None = None,
 ) -> ImageDataset:
-    """Loads a data set into memory, the same arrays in every call.
+    """Loads a data set into memory, or leaves it in its files; it is the same in every call.
 
     Args:
         dataset: `"digits"` (comes with scikit-learn, no download); a `.npz` file with `x_train`,
@@ -37,6 +43,11 @@ def load(
             the whole. The choice is fixed: it doesn't depend on a run's seed.
         validation_fraction: Share of the training images, after `train_examples`, that is set
             apart for validation; in [0, 1). Stratified and fixed, too.
+        stream: Whether the images stay in their files, as `ImageStream`s that decode them when they
+            are asked for. `None` takes streams for images that would need more than a quarter of
+            the memory. Folders of images and TFDS sets can be streams.
+        stream_workers: Processes that make the batches of a stream ahead; 0 takes threads of this
+            process. Defaults to one less than there are cores, and at most 16.
 
     Returns:
         An `ImageDataset`.
@@ -48,17 +59,23 @@ def load(
         image_size = checks.whole("image_size", image_size, 1)
     validation_fraction = checks.real("validation_fraction", validation_fraction, least=0, below=1)
     kind = kinds.kind(dataset)
+    kinds.check_stream(dataset, stream)
     if kind == "digits":
         loaded = sources.load_digits(image_size)
     elif kind == "npz":
         loaded = sources.load_npz(dataset, image_size)
     elif kind == "folder":
-        loaded = sources.load_folder(dataset, image_size)
+        loaded = sources.load_folder(dataset, image_size, stream)
     else:
-        # Imported here: everything else works where TensorFlow is not installed.
+        # Imported here: it may import TensorFlow, which not all have.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         tfds = needed("dskd_keras.data.tfds", "tensorflow-datasets", "tfds")
-        loaded = tfds.load_tfds(str(dataset), data_dir, image_size)
+        loaded = tfds.load_tfds(str(dataset), data_dir, image_size, stream)
+    if stream_workers is not None:
+        workers = checks.whole("stream_workers", stream_workers, 0)
+        for images in (loaded.x_train, loaded.x_test):
+            if isinstance(images, ImageStream):
+                images.workers = workers
     if train_examples is not None:
         loaded = _keep(loaded, _subset(loaded.y_train, train_examples))
     if validation_fraction:
@@ -72,6 +89,11 @@ def load(
     if len(absent):
         first = loaded.class_names[absent[0]]
         notes += (f"{len(absent)} class(es) without a training image, the first is {first!r}",)
+    if min(loaded.x_train.shape[1:3]) >= _LARGE and loaded.augmentation == "crop_flip":
+        loaded = dataclasses.replace(loaded, augmentation="resized_crop_flip")
+    streamed = isinstance(loaded.x_train, ImageStream)
+    if streamed and loaded.mean is None and len(loaded.x_train) > arrays.SAMPLED:
+        notes += (f"mean and deviation are those of {arrays.SAMPLED:,} training images",)
     return ImageDataset(**vars(loaded) | {"notes": notes})
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dskd_keras.data import arrays
+from dskd_keras.data import arrays, pixels, streams
 from dskd_keras.data.dataset import MOST_CLASSES, LoadedImages
+from dskd_keras.data.plans import Images
 from dskd_keras.data.reading import AnyPath, in_threads, needed, refused
 from dskd_keras.errors import InputError
 
@@ -148,12 +149,15 @@ def _as_labels(path: Path, key: str, labels: np.ndarray) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def load_folder(path: AnyPath, image_size: int | None = None) -> LoadedImages:
+def load_folder(
+    path: AnyPath, image_size: int | None = None, stream: bool | None = False
+) -> LoadedImages:
     """Loads images that are sorted into one folder a class, in the order of the classes' names.
 
     Two layouts are read: `DIR/train/CLASS/*` with `DIR/test/CLASS/*` (or `val`, `validation`,
     `valid`), and `DIR/CLASS/*`. Where there is no test folder, 20 % of the images are held out.
-    Images become RGB; files that are no images are passed over.
+    Images become RGB; files that are no images are passed over. `stream` is that of
+    `dskd_keras.data.load`.
     """
     path = Path(path).expanduser()
     parts = [name for name in _TEST_FOLDERS if (path / name).is_dir()]
@@ -179,12 +183,19 @@ def load_folder(path: AnyPath, image_size: int | None = None) -> LoadedImages:
         kept, held_out, note = arrays.hold_out(labels)
         notes, count, order = [note], len(kept), np.concatenate([kept, held_out])
         files, labels = [files[index] for index in order], labels[order]
-    images = _decode_files(files, image_size)
+    first = _decode(files[0], image_size)
+    stream, large = streams.is_wanted(stream, len(files), first.shape)
+    notes += large
+    if stream:
+        images: Images = streams.open_stream(streams.EncodedFiles(files), image_size)
+    else:
+        images = _decode_files(files, image_size, first.shape)
+    x_train, x_test = arrays.divide(images, count)
     return LoadedImages(
         name=path.resolve().name,
-        x_train=images[:count],
+        x_train=x_train,
         y_train=labels[:count],
-        x_test=images[count:],
+        x_test=x_test,
         y_test=labels[count:],
         class_names=class_names,
         notes=tuple(notes),
@@ -223,20 +234,17 @@ def _list_files(
     return files, np.repeat(np.asarray(labels, np.int32), [*map(len, classes.values())])
 
 
-def _decode_files(files: Sequence[Path], image_size: int | None) -> np.ndarray:
+def _decode_files(
+    files: Sequence[Path], image_size: int | None, shape: tuple[int, ...]
+) -> np.ndarray:
     """Returns uint8 `[N, H, W, 3]`, in the order of `files`."""
-    first = _decode(files[0], image_size)
-    images = arrays.allocate_images((len(files), *first.shape))
+    images = arrays.allocate_images((len(files), *shape))
 
     def decode_some(start: int) -> None:
         for index in range(start, min(start + _FILES_A_TASK, len(files))):
             image = _decode(files[index], image_size)
-            if image.shape != first.shape:
-                raise InputError(
-                    f"dataset: images differ in size: {files[0]} has"
-                    f" {first.shape[1]}×{first.shape[0]} pixels and {files[index]} has"
-                    f" {image.shape[1]}×{image.shape[0]}; pass --image_size to resize all of them."
-                )
+            if image.shape != shape:
+                raise streams.different_sizes(str(files[0]), shape, str(files[index]), image.shape)
             images[index] = image
 
     in_threads(decode_some, range(0, len(files), _FILES_A_TASK))
@@ -244,15 +252,9 @@ def _decode_files(files: Sequence[Path], image_size: int | None) -> np.ndarray:
 
 
 def _decode(file: Path, image_size: int | None) -> np.ndarray:
-    pillow = needed("PIL.Image", "pillow")
     # Opening a pipe would wait for whoever writes to it.
     if not file.is_file():
         raise InputError(f"dataset: {file} is no regular file.")
-    with refused(f"dataset: {file} can't be read as an image"), pillow.open(file) as image:
-        if image.mode.startswith(("I", "F")):
-            # Pillow would clip these to white on the way to RGB.
-            raise ValueError("it has more than 8 bits a channel")
-        image = image.convert("RGB")
-        if image_size:
-            image = image.resize((image_size, image_size), pillow.Resampling.BILINEAR)
-        return np.asarray(image)
+    with refused(f"dataset: {file} can't be read", OSError), open(file, "rb") as opened:
+        image = streams.decode(opened, str(file))
+    return pixels.resize(image, (image_size, image_size)) if image_size else image

@@ -1,6 +1,6 @@
 """Image-classification sets of TensorFlow Datasets, by name.
 
-Importing this module needs tensorflow and tensorflow-datasets.
+Importing this module needs tensorflow-datasets.
 """
 
 import contextlib
@@ -11,15 +11,14 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
+from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from dskd_keras.data import arrays, tiny_imagenet
+from dskd_keras.data import arrays, streams, tfds_stream, tiny_imagenet
 from dskd_keras.data.dataset import LoadedImages
-from dskd_keras.data.reading import AnyPath, one_line, refused
+from dskd_keras.data.reading import AnyPath, needed, one_line
 from dskd_keras.errors import InputError
 
 # Means and standard deviations that published results use.
@@ -35,35 +34,46 @@ _NOT_MIRRORED = (
     "binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "mnist_corrupted", "omniglot",
     "svhn_cropped",
 )  # fmt: skip
-_BATCH_BYTES = 2**20
+# Where a set doesn't declare it: about that of ImageNet's photographs.
+_UNKNOWN_SIDE = 400
 # Has some sets in prepared form, which TFDS prefers to their own sites.
 _TFDS_HOST = "storage.googleapis.com"
 
 
 def load_tfds(
-    name: str, data_dir: AnyPath | None = None, image_size: int | None = None
+    name: str,
+    data_dir: AnyPath | None = None,
+    image_size: int | None = None,
+    stream: bool | None = False,
 ) -> LoadedImages:
     """Loads a TFDS image-classification set; reads no network where it is already prepared.
 
-    The images come in the order in which TFDS stores them. The test set is the split `test`, else
-    `validation`, else 20 % of `train`. The arguments are those of `dskd_keras.data.load`; a name
-    may have a configuration or a version, as in `"emnist/letters"`.
+    The images come in the order in which TFDS stores them; a stream needs no TensorFlow. The test
+    set is the split `test`, else `validation`, else 20 % of `train`. The arguments are those of
+    `dskd_keras.data.load`; a name may have a configuration or a version, as in `"emnist/letters"`.
     """
     _keep_quiet()
     builder = _find_builder(name, data_dir)
-    label_key = _check_features(name, builder)
+    image_key, label_key = _check_features(name, builder)
     _prepare(name, builder)
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     if not counts.get("train"):
         raise InputError(
             f"dataset: {name!r} has no split 'train'; its splits are {', '.join(counts) or 'none'}."
         )
-    x_train, y_train = _read(name, builder, "train", image_size)
     notes = tiny_imagenet.notes(counts) if builder.name == tiny_imagenet.NAME else []
+    shape = builder.info.features[image_key].shape
+    size = (image_size,) * 2 if image_size else [side or _UNKNOWN_SIDE for side in shape[:2]]
+    stream, large = streams.is_wanted(stream, sum(counts.values()), (*size, shape[2] or 3))
+    notes += large
+    reader: Any = tfds_stream
+    if not stream:
+        reader = needed("dskd_keras.data.tfds_memory", "tensorflow", "tfds")
+    x_train, y_train = reader.read(name, builder, "train", image_size)
     tests = [split for split in ("test", "validation") if counts.get(split)]
-    tests = [split for split in tests if _has_labels(builder, split)]
+    tests = [split for split in tests if reader.has_labels(builder, split)]
     if tests:
-        x_test, y_test = _read(name, builder, tests[0], image_size)
+        x_test, y_test = reader.read(name, builder, tests[0], image_size)
         if tests[0] == "validation":
             notes.append("no labelled test split: the validation split is the test set")
         elif counts.get("validation"):
@@ -89,12 +99,7 @@ def load_tfds(
 
 
 def _keep_quiet() -> None:
-    """Leaves the accelerator and standard error to those who need them."""
-    if keras.backend.backend() != "tensorflow":
-        # TensorFlow only reads files here, and would take the memory that training needs. It
-        # refuses where it already uses the GPU.
-        with contextlib.suppress(RuntimeError):
-            tf.config.set_visible_devices([], "GPU")
+    """Leaves standard error to those who need it."""
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     # TFDS warns of every set that is not prepared yet; `_prepare` says it in other words.
@@ -126,8 +131,8 @@ def _find_builder(name: str, data_dir: AnyPath | None) -> tfds.core.DatasetBuild
         ) from error
 
 
-def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> str:
-    """Returns the name of the label feature; called before anything is downloaded."""
+def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+    """Returns the names of image and label; called before anything is downloaded."""
     keys, features = builder.info.supervised_keys, builder.info.features
     problem = None
     if not keys or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
@@ -140,7 +145,7 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> str:
         problem = f"its target {keys[1]!r} is no class label"
     if problem:
         raise InputError(f"dataset: {name!r} is no set for image classification: {problem}.")
-    return keys[1]
+    return keys
 
 
 def _prepare(name: str, builder: tfds.core.DatasetBuilder) -> None:
@@ -185,52 +190,3 @@ def _unreachable(builder: tfds.core.DatasetBuilder) -> list[str]:
             socket.getaddrinfo(host, 443)
             return []
     return sorted(hosts | {_TFDS_HOST})
-
-
-def _dataset(builder: tfds.core.DatasetBuilder, split: str) -> tf.data.Dataset:
-    # Each split is read once.
-    once = tfds.ReadConfig(try_autocache=False)
-    return builder.as_dataset(split, shuffle_files=False, as_supervised=True, read_config=once)
-
-
-def _has_labels(builder: tfds.core.DatasetBuilder, split: str) -> bool:
-    # Some test splits are published without labels and hold -1.
-    _, label = next(_dataset(builder, f"{split}[:1]").as_numpy_iterator())
-    return int(label) >= 0
-
-
-def _read(
-    name: str, builder: tfds.core.DatasetBuilder, split: str, image_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns uint8 `[N, H, W, C]` and int32 `[N]` of one split, in stored order."""
-    dataset, count = _dataset(builder, split), builder.info.splits[split].num_examples
-    shape = dataset.element_spec[0].shape
-    if image_size and shape[:2] != (image_size, image_size):
-
-        def resize(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            image = tf.image.resize(image, (image_size, image_size), antialias=True)
-            return tf.saturate_cast(tf.round(image), tf.uint8), label
-
-        dataset = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        shape = dataset.element_spec[0].shape
-    # Where the size is not declared, one image a batch lets each be compared with the first.
-    batch_size = max(1, _BATCH_BYTES // shape.num_elements()) if shape.is_fully_defined() else 1
-    dataset = dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-    images, labels, start = np.empty(0, np.uint8), np.empty(count, np.int32), 0
-    place = f"dataset: {name!r} in {builder.data_dir}"
-    remedy = "; remove that folder and prepare it again"
-    with refused(f"{place} can't be read", tf.errors.OpError, remedy=remedy):
-        for x, y in dataset.as_numpy_iterator():
-            if not start:
-                images = arrays.allocate_images((count, *x.shape[1:]))
-            if x.shape[1:] != images.shape[1:]:
-                raise InputError(
-                    f"dataset: images of {name!r} differ in size ({x.shape[1:]} and"
-                    f" {images.shape[1:]}); pass --image_size to resize all of them."
-                )
-            images[start : start + len(x)] = x
-            labels[start : start + len(x)] = y
-            start += len(x)
-    if start != count:
-        raise InputError(f"{place} has {start} of {count} images in {split!r}{remedy}.")
-    return images, labels

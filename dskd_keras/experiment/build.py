@@ -28,6 +28,8 @@ def load_data(config: ExperimentConfig, console: Console) -> data.ImageDataset:
         image_size=config.image_size,
         train_examples=config.train_examples,
         validation_fraction=config.validation_fraction,
+        stream=config.stream,
+        stream_workers=config.stream_workers,
     )
     for field in ("student",) if config.method == "ce" else ("teacher", "student"):
         _check_size(dataset, config.image_size, getattr(config, field))

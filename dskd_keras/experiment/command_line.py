@@ -176,6 +176,10 @@ def _placeholder(kind: Any) -> str:
     return {int: "N", float: "X", bool: "{true,false}"}.get(kind, "TEXT")
 
 
+def _is_switch(kind: Any) -> bool:
+    return kind is bool or (isinstance(kind, UnionType) and bool in typing.get_args(kind))
+
+
 def _kinds(config_class: type) -> dict[str, Any]:
     """Returns the type of every field by its name, `outer.inner` within a nested dataclass."""
     kinds: dict[str, Any] = {}
@@ -211,7 +215,7 @@ def _split(argv: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
         )
         if _of_list(kind) is not None and not is_whole:
             flags[name] = f"[{', '.join(values)}]"
-        elif name == "print_config" or (kind is bool and not values):
+        elif name == "print_config" or (_is_switch(kind) and not values):
             flags[name] = "true"
         elif len(values) != 1:
             raise wrong(name, " ".join(values), "one value")

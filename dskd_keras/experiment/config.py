@@ -26,6 +26,7 @@ MOST_SEED = 2**32 - 1
 _MOST_SEEDS = 1000
 # Of a side.
 _MOST_PIXELS = 10_000
+_MOST_WORKERS = 1_000
 # Of epochs, images and so on: the number of all steps has to fit into 64 bits.
 _MOST = 2**31 - 1
 PATHS = ("dataset", "data_dir", "teacher_weights", "teacher_dir", "run_dir")
@@ -50,8 +51,12 @@ class ExperimentConfig:
         image_size: Side in pixels to which all images are resized. Default: as they are.
         train_examples: Train on that many images only, the same share of every class.
         validation_fraction: Share of the training images held out to choose the best epoch.
+        stream: Leave the images in their files and decode them when they are needed, for sets that
+            are larger than the memory. Default: where they would take more than a quarter of it.
+        stream_workers: Processes that decode a stream; 0 takes threads. Default: one less than
+            there are cores, and at most 16.
         augmentation: auto is what suits the data set: crop_flip, or crop where a mirror image is
-            another class.
+            another class; resized_crop_flip from 128 pixels a side on.
         student_layers: The student's shallow layers that dskd supervises; auto is the last one of
             each resolution before the last.
         teacher_layer: The teacher's layer that supervises them, or one for each of them. Default:
@@ -116,7 +121,9 @@ class ExperimentConfig:
     image_size: int | None = None
     train_examples: int | None = None
     validation_fraction: float = 0.0
-    augmentation: Literal["auto", "crop_flip", "crop", "none"] = "auto"
+    stream: bool | None = None
+    stream_workers: int | None = None
+    augmentation: Literal["auto", "crop_flip", "crop", "resized_crop_flip", "none"] = "auto"
     student_layers: list[str] = dataclasses.field(default_factory=lambda: ["stage1", "stage2"])
     teacher_layer: list[str] | str | None = None
     temperature: float = 4.0
@@ -163,6 +170,7 @@ class ExperimentConfig:
         )
         self.check_whole(1, "image_size", most=_MOST_PIXELS)
         self.check_whole(0, "teacher_seed", most=MOST_SEED)
+        self.check_whole(0, "stream_workers", most=_MOST_WORKERS)
         for field in PATHS:
             if (path := getattr(self, field)) is not None:
                 checks.path(field, path)
@@ -235,7 +243,7 @@ class ExperimentConfig:
 
     def check_files(self) -> None:
         """Raises `InputError` where a file that the configuration names is missing."""
-        kinds.kind(self.dataset)
+        kinds.check_stream(self.dataset, self.stream)
         # A finished run needs no teacher any more.
         if not all((self.seed_folder(seed) / "metrics.json").exists() for seed in self.seeds):
             self.check_teacher_file()

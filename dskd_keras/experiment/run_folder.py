@@ -17,9 +17,11 @@ from dskd_keras.report.run_result import RunResult
 # numbers of a run.
 _NO_NUMBERS = (
     "pair", "data_dir", "run_dir", "teacher_dir", "seeds", "export", "resume", "checkpoint_steps",
+    "stream_workers",
 )  # fmt: skip
 # What a run did that was made before a field was there.
 _BEFORE = {
+    "stream": None,
     "dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32",
     "prediction_loss": "kl_divergence", "feature_loss": "feature_mean_squared_error",
     "head": "separable", "deep_supervision": 1.0,

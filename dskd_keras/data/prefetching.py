@@ -1,0 +1,137 @@
+"""Batches that other processes or threads make ahead of time."""
+
+import collections
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+from dskd_keras.data.plans import Batch, Plan
+from dskd_keras.errors import TrainingError
+
+# Batches that are being made or wait, for each worker.
+_AHEAD = 2
+
+
+class Prefetched:
+    """Batches by their index, made ahead in the order of the indices.
+
+    Reading goes on where the last index ended; any other index begins anew there.
+
+    Args:
+        plan: What the batches are made by. It is sent to the processes.
+        length: Number of batches, after which they begin again; `None` for no end.
+        workers: Number of processes; 0 takes threads of this one.
+    """
+
+    def __init__(self, plan: Plan, length: int | None, workers: int) -> None:
+        self._plan = plan
+        self._length = length
+        self._workers = workers
+        self._makers: Executor | None = None
+        self._finisher: Executor | None = None
+        self._ahead: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
+
+    def __getitem__(self, index: int) -> Batch:
+        """Returns batch `index`.
+
+        Raises:
+            InputError: A file is no image.
+            TrainingError: A process was killed.
+        """
+        if not self._ahead or self._ahead[0][0] != index:
+            self._drop()
+            self._submit(index)
+        _, batch = self._ahead.popleft()
+        while len(self._ahead) < _AHEAD * max(1, self._workers):
+            last = self._ahead[-1][0] if self._ahead else index
+            self._submit((last + 1) % self._length if self._length else last + 1)
+        try:
+            return batch.result()
+        except BrokenProcessPool as error:
+            self.close()
+            raise TrainingError(
+                "stream: a process that decodes images has ended. If it was killed for its memory, "
+                "take fewer stream_workers."
+            ) from error
+
+    def close(self) -> None:
+        """Ends the processes. They also end with this process."""
+        self._drop()
+        for executor in (self._makers, self._finisher):
+            if executor is not None:
+                executor.shutdown(cancel_futures=True)
+        self._makers = self._finisher = None
+
+    def _drop(self) -> None:
+        for _, batch in self._ahead:
+            batch.cancel()
+        self._ahead.clear()
+
+    def _submit(self, index: int) -> None:
+        if self._makers is None:
+            self._finisher = ThreadPoolExecutor(1)
+            if self._workers:
+                # Forked processes would inherit locks of the backend that nobody opens.
+                spawning = multiprocessing.get_context("spawn")
+                self._makers = ProcessPoolExecutor(
+                    self._workers, spawning, initializer=_prepare_process, initargs=(self._plan,)
+                )
+            else:
+                self._makers = ThreadPoolExecutor()
+        assert self._finisher is not None
+        if self._workers:
+            with _without_keras():
+                made = self._makers.submit(_make, index)
+        else:
+            made = self._makers.submit(self._plan.pixels, index)
+        self._ahead.append((index, self._finisher.submit(self._finish, made)))
+
+    def _finish(self, made: "Future[Batch]") -> Batch:
+        images, labels = made.result()
+        return self._plan.to_input(images), labels
+
+
+@contextlib.contextmanager
+def _without_keras() -> Iterator[None]:
+    """Keeps processes that are started here from importing Keras, which takes them seconds."""
+    name = "DSKD_KERAS_DEFER"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+_plan: Plan | None = None  # of a process that makes batches
+
+
+def _prepare_process(plan: Plan) -> None:
+    """Leaves an interrupt to the process that trains, and ends with that, even if it is killed."""
+    global _plan
+    _plan = plan
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _make(index: int) -> tuple[np.ndarray, np.ndarray]:
+    assert _plan is not None
+    return _plan.pixels(index)
