@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import pytest
 import small
+from PIL import Image
 
 import train
 from dskd_keras.experiment import (
@@ -84,8 +85,10 @@ def flags(images, folder, *more):
 def process(moments, images, folder, *more):
     """Runs train.py in processes of their own, which die at their moments."""
     return subprocess.run(
-        [sys.executable, ROOT / "tests" / "killed_run.py", moments, *flags(images, folder, *more)],
-        env={**os.environ, "KERAS_BACKEND": BACKEND}, capture_output=True, text=True, check=False,
+        # A file would be run again by the processes that decode a stream.
+        [sys.executable, "-c", "import killed_run", moments, *flags(images, folder, *more)],
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -126,6 +129,24 @@ def test_killed_at_moments_of_all_kinds(images, tmp_path):
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
     for left in ("checkpoints", "*.tmp*", "*.unfinished*", "student_interrupted.keras"):
         assert not list(tmp_path.rglob(left)), left
+
+
+@pytest.mark.slow
+def test_a_killed_stream_goes_on_to_the_bits_of_the_images_in_memory(images, tmp_path):
+    folder = tmp_path / "images"
+    with np.load(images) as arrays:
+        for part in ("train", "test"):
+            pairs = zip(arrays[f"x_{part}"], arrays[f"y_{part}"], strict=True)
+            for index, (image, label) in enumerate(pairs):
+                file = folder / part / str(label) / f"{index}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(file)
+    done = process("none", folder, tmp_path / "memory")
+    assert done.returncode == 0, done.stderr
+    stream = ("--resume", "--stream", "--stream_workers", 1)
+    done = process("teacher:step:3,student:step:7,none", folder, tmp_path / "stream", *stream)
+    assert done.stdout.strip().endswith("2 killed, then none ended with 0"), done
+    assert outcome(tmp_path / "stream") == outcome(tmp_path / "memory")
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,8 @@ class Prefetched:
             self.close()
             raise TrainingError(
                 "stream: a process that decodes images has ended. If it was killed for its memory, "
-                "take fewer stream_workers."
+                "take fewer stream_workers; a script that trains on streams has to do so under "
+                "if __name__ == '__main__', since those processes import it."
             ) from error
 
     def close(self) -> None:
