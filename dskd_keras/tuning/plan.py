@@ -128,13 +128,16 @@ class SearchPlan:
 
     def report_ended(self) -> None:
         """Says how the trials went that have ended, and writes the results so far."""
-        if not self.oracle.unreported:
+        unreported = self.oracle.unreported
+        # Before the results: while these are read, other trials of a chief end.
+        ended = [unreported.popleft() for _ in range(len(unreported))]
+        if not ended:
             return
         results = self.results()
         by_id = {result.trial: result for result in results}
         best = results[0]
-        while self.oracle.unreported:
-            result = by_id[self.oracle.unreported.popleft()]
+        for trial_id in ended:
+            result = by_id[trial_id]
             if result.val_accuracy is None or best.val_accuracy is None:
                 self.console.print(f"Trial {result.trial} failed: {result.error}")
                 continue
