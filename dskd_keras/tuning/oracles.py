@@ -108,7 +108,16 @@ class DurableOracle(keras_tuner.Oracle):
         """Ends a trial, unless a worker that was thought dead comes too late with it."""
         if trial.trial_id in self.end_order:
             return
+        metrics = self.trials[trial.trial_id].metrics
+        if trial.status == TrialStatus.COMPLETED and not metrics.exists(self.objective.name):
+            # The worker was thought dead after its report, which was then dropped: who has the
+            # trial now reports anew. KerasTuner would raise, and leave the lock locked.
+            return
         super().end_trial(trial)
+        waiting = keras_tuner_internals.waiting_trials(self)
+        if trial.trial_id in waiting:
+            # All of it came late, and before somebody else was given the trial.
+            waiting.remove(trial.trial_id)
         self._count_end(self.trials[trial.trial_id])
         # KerasTuner saves while the trial still counts as ongoing.
         self.save()

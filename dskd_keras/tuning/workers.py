@@ -24,8 +24,10 @@ _ROLE = "KERASTUNER_TUNER_ID"
 _CHIEF_PID = "DSKD_KERAS_CHIEF_PID"
 # Seconds between two looks at the workers.
 _POLL = 0.5
-# Workers that died without a trial finished in between: then the reason is no single trial.
-_MOST_DEATHS_IN_A_ROW = 6
+# Deaths without a trial finished in between after which the reason is no single trial: so many for
+# each worker, since a machine that runs out of memory may end all of them at once, and no fewer.
+_MOST_DEATHS_A_WORKER = 3
+_FEWEST_DEATHS = 6
 # Exit status of a command whose input can't be used.
 _BAD_INPUT = 2
 
@@ -169,7 +171,8 @@ class Chief:
             reason = signal.Signals(-status).name if status < 0 else error or f"status {status}"
             self._count_as_dead(name, reason)
             self._deaths += 1
-            if self._deaths >= _MOST_DEATHS_IN_A_ROW:
+            most = max(_FEWEST_DEATHS, _MOST_DEATHS_A_WORKER * self._search.config.workers)
+            if self._deaths >= most:
                 raise TrainingError(
                     f"{self._deaths} workers died without finishing a trial, the last of {reason}. "
                     f"See '{self._log(name)}'; --resume goes on."
