@@ -35,7 +35,7 @@ from dskd_keras import files
 from dskd_keras.answering import answer
 from dskd_keras.experiment import run_folder
 from dskd_keras.experiment.command_line import parse
-from dskd_keras.tuning import ranking, search, trials, workers
+from dskd_keras.tuning import ranking, search, search_pictures, trials, workers
 from dskd_keras.tuning.config import SearchConfig
 
 
@@ -156,6 +156,8 @@ def main() -> None:
     """Searches, as this process's arguments and KerasTuner's variables say."""
     journals, seconds, deaths, *argv = sys.argv[1:]
     config = parse(SearchConfig, argv, "benchmarks.sleeping_trials")
+    # They take seconds.
+    search_pictures.parameters = search_pictures.progress = lambda results: None
     name = os.environ.get("KERASTUNER_TUNER_ID", "chief")
     journal = Journal(Path(journals), name)
     console = Console(width=200)

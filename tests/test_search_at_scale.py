@@ -1,14 +1,20 @@
 """Many workers under one chief: what only shows when things happen at the same time."""
 
+import json
 import signal
+import threading
+from concurrent import futures
 
+import grpc
 import pytest
 from keras_tuner.engine.trial import TrialStatus
 from rich.console import Console
 from test_tuning import finish, new_oracle, search_config
 
+from benchmarks.search_at_scale import Search, check
+from benchmarks.sleeping_trials import Stand
 from dskd_keras.errors import TrainingError
-from dskd_keras.tuning import workers
+from dskd_keras.tuning import keras_tuner_internals, oracles, trials, workers
 from dskd_keras.tuning.plan import SearchPlan
 
 
@@ -69,6 +75,62 @@ def test_a_trial_that_ends_late_is_not_done_again(tmp_path):
     assert oracle.is_over()
 
 
+@pytest.mark.once
+def test_nobody_waits_for_a_proposal_that_is_made_for_another(tmp_path, monkeypatch):
+    plan = new_plan(tmp_path)
+    plan.folder.mkdir()
+    chief = workers.Chief(plan, ["worker"])
+    first = plan.oracle.create_trial("a")
+    begun, may_end = threading.Event(), threading.Event()
+    propose = plan.oracle.populate_space
+
+    def slowly(trial_id):
+        begun.set()
+        assert may_end.wait(60)
+        return propose(trial_id)
+
+    monkeypatch.setattr(plan.oracle, "populate_space", slowly)
+    monkeypatch.setattr(oracles, "_WAIT", 0.01)
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    monkeypatch.setenv("KERASTUNER_ORACLE_PORT", str(chief._port))
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker-1")
+    client = keras_tuner_internals.oracle_client.OracleClient(plan.oracle)
+    chief._server.start()
+    with futures.ThreadPoolExecutor() as pool:
+        try:
+            asked = pool.submit(client.create_trial, "b")
+            assert begun.wait(60)
+            others = [
+                pool.submit(client.create_trial, "c"),
+                pool.submit(client.get_trial, first.trial_id),
+            ]
+            idle, known = (other.result(timeout=20) for other in others)
+            assert idle.status == TrialStatus.IDLE and not asked.done()
+            assert known.trial_id == first.trial_id
+        finally:
+            may_end.set()
+        assert asked.result().status == TrialStatus.RUNNING
+        assert client.create_trial("c").trial_id not in (first.trial_id, asked.result().trial_id)
+    chief._server.stop(None).wait()
+
+
+@pytest.mark.once
+def test_a_result_that_can_not_be_reported_is_no_failed_trial(tmp_path, monkeypatch):
+    plan = new_plan(tmp_path)
+    plan.folder.mkdir()
+    tuner = trials.Trials(plan, Stand(plan.config, plan.console), None)
+
+    def unanswered(*_, **__):
+        raise grpc.RpcError
+
+    monkeypatch.setattr(workers, "role", lambda: "worker")
+    monkeypatch.setattr(tuner, "run_trial", lambda trial: {"val_accuracy": 0.5})
+    monkeypatch.setattr(plan.oracle, "update_trial", unanswered)
+    with pytest.raises(TrainingError, match="the chief no longer answers"):
+        tuner.search()
+    assert not plan.oracle.end_order and len(plan.oracle.ongoing_trials) == 1
+
+
 class Dead:
     """A worker's process that somebody killed."""
 
@@ -99,3 +161,56 @@ def test_all_workers_may_be_killed_at_once(number, most, tmp_path, monkeypatch):
     chief._processes.update({name: Dead() for name in names})
     with pytest.raises(TrainingError, match=f"{most} workers died without finishing a trial, the"):
         chief.replace_dead()
+
+
+@pytest.mark.once
+def test_what_a_trial_left_is_read_once_and_a_late_file_too(tmp_path, monkeypatch):
+    plan = new_plan(tmp_path)
+    plan.folder.mkdir()
+    trial = plan.oracle.create_trial("a")
+    finish(plan.oracle, trial)
+    folder = plan.config.trial_folder(trial.trial_id)
+    folder.mkdir()
+
+    def seconds():
+        (result,) = plan.results()
+        return result.seconds
+
+    # On a disk that several machines share it may come later than the report.
+    assert seconds() is None
+    (folder / "result.json").write_text('{"seconds": 2.0}')
+    assert seconds() == 2.0
+    (folder / "result.json").unlink()
+    assert seconds() == 2.0
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_workers_killed_at_known_moments_lose_and_double_nothing(tmp_path):
+    """A chief and two workers whose trials sleep, each a process of its own."""
+    deaths = {"0000": "reported", "0001": "ended"}
+    with Search(tmp_path, 2, "random", 4, 0.1, deaths) as search:
+        search.wait(100)
+        found = check(search, 4)
+    assert not found["wrong"], search.said()
+    events, names = search.events(), [f"{number:04}" for number in range(4)]
+
+    def times(what):
+        return [sum(e["what"] == what and e["trial"] == name for e in events) for name in names]
+
+    # What was only reported is done again, what had ended is not.
+    assert times("given") == times("begun") == [2, 1, 1, 1]
+    assert times("ended") == [1, 1, 1, 1]
+    assert {path.name for path in search.journals.glob("died-*")} == {"died-0000", "died-0001"}
+
+    # The check sees what it is for.
+    (journal,) = search.journals.glob("chief.*")
+    with open(journal, "a") as file:
+        for what, trial in (("given", "0007"), ("given", "0001"), ("ended", "0000")):
+            event = {"what": what, "time": 9e9, "trial": trial, "worker": "worker-1"}
+            file.write(json.dumps(event) + "\n")
+    assert check(search, 4)["wrong"] == [
+        "lost: ['0007']",
+        "a trial's end counted twice",
+        "worked at after their end: ['0001']",
+    ]
