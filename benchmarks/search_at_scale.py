@@ -18,10 +18,13 @@ import functools
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Literal
 
@@ -52,8 +55,8 @@ def main(
     kill_every: PositiveFloat = 8.0,
     seed: NonNegativeInt = 0,
     load: tuple[PositiveInt, ...] = (1, 4, 16),
-    load_trials: PositiveInt = 12,
-    load_seconds: PositiveFloat = 2.0,
+    load_trials: PositiveInt = 8,
+    load_seconds: PositiveFloat = 6.0,
     proposals: tuple[PositiveInt, ...] = (10, 30, 100, 300),
     records: tuple[PositiveInt, ...] = (100, 1000, 10000),
     json_file: str | None = None,
@@ -75,7 +78,8 @@ def main(
         records: Numbers of trials with which saving and reporting are timed.
         json_file: Where to write the results too.
     """
-    result = {**timing.machine(), "seed": seed}
+    command = shlex.join(["python", "-m", "benchmarks.search_at_scale", *sys.argv[1:]])
+    result = {"command": command, **timing.machine(), "seed": seed}
     if minutes:
         arguments = (workers, minutes, tuner, trials, seconds, kill_every, seed)
         result["killed"] = _killed(*arguments)
@@ -84,6 +88,8 @@ def main(
     for number in load:
         result["load"].append(_load(number, load_trials, load_seconds))
         print(json.dumps(result["load"][-1]), flush=True)
+    if load:
+        result["signs of life"] = _signs_of_life()
     result["proposals"] = [_proposal(number) for number in proposals]
     result["records"] = [_records(number) for number in records]
     if load and proposals and records:
@@ -334,6 +340,33 @@ def _load(workers, trials, seconds):
     }  # fmt: skip
 
 
+def _signs_of_life(requests=2000, threads=16):
+    """What a sign of life costs the chief, and how many of them it answers a second at most."""
+    from dskd_keras.tuning import keras_tuner_internals
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Search(folder, 1, "random", 1, 10 * _STUCK) as search,
+    ):
+        _wait_for_workers(search, 1)
+        (worker,) = search.workers()
+        variables = {k: v for k, v in worker.environ().items() if k.startswith("KERASTUNER_")}
+        os.environ |= variables
+        client = keras_tuner_internals.oracle_client.OracleClient(None)
+        for name in variables:
+            del os.environ[name]
+        client.get_trial("0000")
+        before, begin = search.chief.cpu_times(), time.perf_counter()
+        with futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(client.get_trial, ["0000"] * requests))
+        lasted, after = time.perf_counter() - begin, search.chief.cpu_times()
+    cpu = after.user + after.system - before.user - before.system
+    return {
+        "requests": requests, "threads": threads, "requests a second": requests / lasted,
+        "chief CPU milliseconds a request": 1000 * cpu / requests,
+    }  # fmt: skip
+
+
 def _plan(folder, tuner, trials):
     """Returns the plan of a search with so many completed trials, saved nowhere yet."""
     from rich.console import Console
@@ -398,10 +431,10 @@ def _estimate(result):
 
     A trial costs the chief four requests, three times saving (where it is handed out, and twice at
     its end), one report, and with Bayesian optimisation a proposal; a worker sends a sign of life
-    every 5 s. Python runs one thread at a time, so all of that shares one core. What a proposal
-    costs is the most that was measured.
+    every 5 s. A request by itself is taken to cost what a sign of life does. Python runs one thread
+    at a time, so all of that shares one core. What a proposal costs is the most that was measured.
     """
-    request = result["load"][-1]["chief CPU milliseconds a request"] / 1000
+    request = result["signs of life"]["chief CPU milliseconds a request"] / 1000
     proposal = max(row["seconds"] for row in result["proposals"])
     rows = []
     for minutes in (1, 10, 60, 600):
@@ -417,9 +450,11 @@ def _estimate(result):
 
 def table(result):
     """Returns the results as Markdown."""
-    lines = [f"{result['processor']}, {result['cores']} cores."]
+    lines = [f"    {result['command']}", "", f"{result['processor']}, {result['cores']} cores."]
 
     def add(titles, rows):
+        if not rows:
+            return
         lines.extend(["", f"| {' | '.join(titles)} |", f"|{'--:|' * len(titles)}"])
         lines.extend(f"| {' | '.join(map(str, row))} |" for row in rows)
 
@@ -446,6 +481,14 @@ def table(result):
             for row in result["load"]
         ],
     )  # fmt: skip
+    if signs := result.get("signs of life"):
+        add(
+            ["signs of life", "requests/s at most", "CPU ms a request"],
+            [[
+                f"{signs['requests']:,}", f"{signs['requests a second']:,.0f}",
+                f"{signs['chief CPU milliseconds a request']:.2f}",
+            ]],
+        )  # fmt: skip
     add(
         ["trials so far", "a proposal, CPU s (from – to)"],
         [
