@@ -11,6 +11,7 @@ from keras_tuner.engine.trial import TrialStatus
 from rich.console import Console
 from test_tuning import finish, new_oracle, search_config
 
+from benchmarks import search_at_scale
 from benchmarks.search_at_scale import Search, check
 from benchmarks.sleeping_trials import Stand
 from dskd_keras.errors import TrainingError
@@ -214,3 +215,16 @@ def test_workers_killed_at_known_moments_lose_and_double_nothing(tmp_path):
         "a trial's end counted twice",
         "worked at after their end: ['0001']",
     ]
+
+
+def test_the_estimate_adds_what_a_trial_and_the_signs_of_life_cost():
+    result = {
+        "signs of life": {"chief CPU milliseconds a request": 1.0},
+        "proposals": [{"seconds": 2.0}, {"seconds": 1.0}],
+        "records": [{"trials": 10, "save": 0.01, "report": 0.006}],
+    }
+    row = search_at_scale._estimate(result)["rows"][0]
+    assert row["minutes a trial"] == 1
+    # Four requests, three times saving and a report are 40 ms a minute; a sign of life every 5 s.
+    assert row["random"]["workers at most"] == int(1 / (0.040 / 60 + 0.001 / 5))
+    assert row["bayesian"]["workers at most"] == int(1 / (2.040 / 60 + 0.001 / 5))
