@@ -7,6 +7,7 @@ is a deadlock.
 
 import collections
 import json
+import threading
 import time
 import warnings
 from typing import Any
@@ -23,6 +24,9 @@ from dskd_keras.tuning.config import SearchConfig
 
 # A trial whose process died that often before its first checkpoint is taken for the reason.
 _MOST_DEATHS = 3
+# Seconds that a worker's request for a trial waits for another's proposal: that of a Bayesian
+# optimisation takes many.
+_WAIT = 1.0
 # Of Hyperband: a third of the trials goes on, with three times the epochs.
 FACTOR = 3
 
@@ -61,6 +65,7 @@ class DurableOracle(keras_tuner.Oracle):
         self._failures_in_a_row = 0
         self._deaths: dict[str, int] = {}
         self._last_heard: dict[str, float] = {}
+        self._proposing = threading.Lock()
         self._file = config.search_folder() / "oracle.json"
         self.verbose = 0
 
@@ -85,20 +90,35 @@ class DurableOracle(keras_tuner.Oracle):
             return dict(self.hyperparameters.values)
         return super()._random_values()
 
-    @keras_tuner.synchronized
     def create_trial(self, tuner_id: str) -> Trial:
-        """Hands out a trial; while others run a worker waits, since one may have to be redone."""
+        """Hands out a trial, or the advice to ask again where a proposal for another takes long.
+
+        Behind one another the proposals for many workers would take longer than these wait.
+        """
         self._last_heard[tuner_id] = time.monotonic()
+        if not self._proposing.acquire(timeout=_WAIT):
+            self.tuner_ids.add(tuner_id)
+            return Trial(hyperparameters=self.get_space(), status=TrialStatus.IDLE)
+        try:
+            return self._create_trial(tuner_id)
+        finally:
+            self._proposing.release()
+
+    @keras_tuner.synchronized
+    def _create_trial(self, tuner_id: str) -> Trial:
+        """Hands out a trial; while others run a worker waits, since one may have to be redone."""
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.STOPPED and self.ongoing_trials and not self.failure:
             trial.status = TrialStatus.IDLE
             self.tuner_ids.add(tuner_id)
         return trial
 
-    @keras_tuner.synchronized
     def get_trial(self, trial_id: str) -> Trial:
-        """Returns a trial; from the worker that runs it, this is also its sign of life."""
-        for tuner_id, trial in self.ongoing_trials.items():
+        """Returns a trial; from the worker that runs it, this is also its sign of life.
+
+        It does not wait for a proposal, or that worker would be thought dead meanwhile.
+        """
+        for tuner_id, trial in list(self.ongoing_trials.items()):
             if trial.trial_id == trial_id:
                 self._last_heard[tuner_id] = time.monotonic()
         return super().get_trial(trial_id)
@@ -108,7 +128,16 @@ class DurableOracle(keras_tuner.Oracle):
         """Ends a trial, unless a worker that was thought dead comes too late with it."""
         if trial.trial_id in self.end_order:
             return
+        metrics = self.trials[trial.trial_id].metrics
+        if trial.status == TrialStatus.COMPLETED and not metrics.exists(self.objective.name):
+            # The worker was thought dead after its report, which was then dropped: who has the
+            # trial now reports anew. KerasTuner would raise, and leave the lock locked.
+            return
         super().end_trial(trial)
+        waiting = keras_tuner_internals.waiting_trials(self)
+        if trial.trial_id in waiting:
+            # All of it came late, and before somebody else was given the trial.
+            waiting.remove(trial.trial_id)
         self._count_end(self.trials[trial.trial_id])
         # KerasTuner saves while the trial still counts as ongoing.
         self.save()

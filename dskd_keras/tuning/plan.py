@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import keras_tuner
 import msgspec
+from keras_tuner.engine.trial import Trial
 from rich.console import Console
 
 from dskd_keras import files
@@ -59,6 +60,7 @@ class SearchPlan:
                 f"ranges: nothing is left to search with method {config.method}. Give one a range."
             )
         self.oracle = oracles.create(config, space)
+        self._read: dict[str, ranking.TrialResult] = {}
 
     def describe(self) -> str:
         """Returns a line on what is searched."""
@@ -105,36 +107,47 @@ class SearchPlan:
 
     def results(self) -> list[ranking.TrialResult]:
         """Returns the trials that ended, the best first, the failed last."""
-        results = []
-        for trial in self.oracle.ended():
-            folder = self.config.trial_folder(trial.trial_id)
-            measured: dict[str, Any] = {}
-            if trial.score is None:
-                # KerasTuner's protocol hands on no message from a worker.
-                path, text = folder / "error.txt", trial.message or ""
-                text = path.read_text(encoding="utf-8") if path.is_file() else text
-                measured["error"] = (text.strip().splitlines() or ["unknown"])[-1]
-            elif (folder / ranking.RESULT).is_file():
-                measured = files.read_json("run_dir", folder / ranking.RESULT)
-            # KerasTuner's is a number of NumPy.
-            measured["val_accuracy"] = None if trial.score is None else float(trial.score)
-            values = self._hypermodel.values(trial.hyperparameters)
-            known = {"trial": trial.trial_id, "values": values, **measured}
-            try:
-                results.append(msgspec.convert(known, ranking.TrialResult))
-            except msgspec.ValidationError:
-                raise files.damaged("run_dir", folder / ranking.RESULT) from None
-        return results
+        return [
+            self._read.get(trial.trial_id) or self._result(trial) for trial in self.oracle.ended()
+        ]
+
+    def _result(self, trial: Trial) -> ranking.TrialResult:
+        folder = self.config.trial_folder(trial.trial_id)
+        path = folder / ("error.txt" if trial.score is None else ranking.RESULT)
+        # Another machine's file may come late.
+        is_there = path.is_file()
+        measured: dict[str, Any] = {}
+        if trial.score is None:
+            # KerasTuner's protocol hands on no message from a worker.
+            text = path.read_text(encoding="utf-8") if is_there else trial.message or ""
+            measured["error"] = (text.strip().splitlines() or ["unknown"])[-1]
+        elif is_there:
+            measured = files.read_json("run_dir", path)
+        # KerasTuner's is a number of NumPy.
+        measured["val_accuracy"] = None if trial.score is None else float(trial.score)
+        values = self._hypermodel.values(trial.hyperparameters)
+        known = {"trial": trial.trial_id, "values": values, **measured}
+        try:
+            result = msgspec.convert(known, ranking.TrialResult)
+        except msgspec.ValidationError:
+            raise files.damaged("run_dir", path) from None
+        if is_there:
+            # A trial ends once: a report of thousands need not read them all again.
+            self._read[trial.trial_id] = result
+        return result
 
     def report_ended(self) -> None:
         """Says how the trials went that have ended, and writes the results so far."""
-        if not self.oracle.unreported:
+        unreported = self.oracle.unreported
+        # Before the results: while these are read, other trials of a chief end.
+        ended = [unreported.popleft() for _ in range(len(unreported))]
+        if not ended:
             return
         results = self.results()
         by_id = {result.trial: result for result in results}
         best = results[0]
-        while self.oracle.unreported:
-            result = by_id[self.oracle.unreported.popleft()]
+        for trial_id in ended:
+            result = by_id[trial_id]
             if result.val_accuracy is None or best.val_accuracy is None:
                 self.console.print(f"Trial {result.trial} failed: {result.error}")
                 continue

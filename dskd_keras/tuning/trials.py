@@ -17,7 +17,7 @@ import keras
 import keras_tuner
 import yaml
 from keras_tuner.engine.base_tuner import BaseTuner
-from keras_tuner.engine.trial import Trial
+from keras_tuner.engine.trial import Trial, TrialStatus
 from rich.console import Console
 
 from dskd_keras import files, yaml_files
@@ -141,6 +141,10 @@ class Trials(BaseTuner):
 
     def on_trial_end(self, trial: Trial) -> None:
         """Reports the end; only then are the checkpoints no longer needed."""
+        if trial.status == TrialStatus.INVALID and workers.role() == "worker":
+            # No error of `run_trial` leads to this: KerasTuner takes for the trial's what went
+            # wrong when its result was reported. It is no failure, but is to be reported again.
+            raise workers.unanswered("a result could not be reported")
         self.oracle.end_trial(trial)
         if "tuner/epochs" not in trial.hyperparameters.values:
             for place in self._search.config.trial_folder(trial.trial_id).glob("seed-*"):

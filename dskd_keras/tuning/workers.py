@@ -24,8 +24,13 @@ _ROLE = "KERASTUNER_TUNER_ID"
 _CHIEF_PID = "DSKD_KERAS_CHIEF_PID"
 # Seconds between two looks at the workers.
 _POLL = 0.5
-# Workers that died without a trial finished in between: then the reason is no single trial.
-_MOST_DEATHS_IN_A_ROW = 6
+# Deaths without a trial finished in between after which the reason is no single trial: so many for
+# each worker, since a machine that runs out of memory may end all of them at once, and no fewer.
+_MOST_DEATHS_A_WORKER = 3
+_FEWEST_DEATHS = 6
+# Requests that the chief works at or lets wait at the same time. The oracle's lock takes proposals
+# and ends one after another; signs of life are answered meanwhile.
+_THREADS = 64
 # Exit status of a command whose input can't be used.
 _BAD_INPUT = 2
 
@@ -73,11 +78,15 @@ def chief_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        code = error.code().name if hasattr(error, "code") else "unknown"
-        raise TrainingError(
-            f"the chief no longer answers ({code}). The trial's checkpoint is kept: a chief that "
-            "is started with --resume goes on from it."
-        ) from error
+        raise unanswered(error.code().name if hasattr(error, "code") else "unknown") from error
+
+
+def unanswered(reason: str) -> TrainingError:
+    """Returns the error of a worker whose chief did not answer."""
+    return TrainingError(
+        f"the chief no longer answers ({reason}). The trial's checkpoint is kept: a chief that is "
+        "started with --resume goes on from it."
+    )
 
 
 def _address() -> str:
@@ -98,9 +107,9 @@ class Chief:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths = 0
         self._ended = 0
-        # One thread, as KerasTuner has it: proposals are made one after another.
+        # KerasTuner has one thread, in which all requests wait for a proposal.
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)]
+            futures.ThreadPoolExecutor(max_workers=_THREADS), options=[("grpc.so_reuseport", 0)]
         )
         self._told_that_it_is_over = keras_tuner_internals.add_servicer(self.oracle, self._server)
         # Port 0 takes a free one.
@@ -128,6 +137,8 @@ class Chief:
 
     def _serve(self, stop: StopRequest) -> None:
         config = self._search.config
+        # KerasTuner makes the oracle's lock at its first use, for which two threads might make two.
+        self.oracle.is_over()
         self._server.start()
         if self._command is None:
             self._say(f"Waiting for workers at port {self._port}.")
@@ -169,7 +180,8 @@ class Chief:
             reason = signal.Signals(-status).name if status < 0 else error or f"status {status}"
             self._count_as_dead(name, reason)
             self._deaths += 1
-            if self._deaths >= _MOST_DEATHS_IN_A_ROW:
+            most = max(_FEWEST_DEATHS, _MOST_DEATHS_A_WORKER * self._search.config.workers)
+            if self._deaths >= most:
                 raise TrainingError(
                     f"{self._deaths} workers died without finishing a trial, the last of {reason}. "
                     f"See '{self._log(name)}'; --resume goes on."
