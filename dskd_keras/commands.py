@@ -31,11 +31,25 @@ def train(argv: Sequence[str] | None = None) -> int:
         return ExperimentConfig
 
     def work(config: "ExperimentConfig", argv: Sequence[str]) -> None:
-        from dskd_keras.experiment import pipeline
+        from dskd_keras.experiment import hosts
 
-        pipeline.run(config, command=_command_line("train", argv))
+        endings.append(hosts.leave)
+        # Before JAX is used for anything.
+        hosts.join(config, startup.check_backend())
+        from dskd_keras.experiment import following, pipeline
 
-    return _run("train", config_class, argv, work)
+        with hosts.losses_in_one_line():
+            if not hosts.here().leads:
+                following.follow(config)
+                return
+            with hosts.here().leading():
+                pipeline.run(config, command=_command_line("train", argv))
+
+    endings: list[Callable[[int], None]] = []
+    status = _run("train", config_class, argv, work)
+    for end in endings:
+        end(status)
+    return status
 
 
 def tune(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,10 @@
 """The model that trains a student under a frozen teacher."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -222,6 +223,8 @@ class Distiller(keras.Model):
     prediction_weighting: Weighting
     feature_weighting: Weighting
     resumed_at: Place = Place()
+    # Whether `get_metrics_result` gives the terms too: see there.
+    _reports_terms = False
 
     temperature = _number("temperature")
     label_weight = _number("label_weight")
@@ -422,12 +425,14 @@ class Distiller(keras.Model):
                 isinstance(callback, keras.callbacks.ProgbarLogger) for callback in callbacks
             ):
                 callbacks.append(ProgressLine())
-        return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+        with self._reporting(terms=self._replicas() > 1):
+            return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
 
     @_guarded
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the student alone on labelled data, as `keras.Model.evaluate`."""
-        results = super().evaluate(*args, **kwargs)
+        with self._reporting(terms=False):
+            results = super().evaluate(*args, **kwargs)
         self.check_labels_seen()
         return results
 
@@ -527,7 +532,13 @@ class Distiller(keras.Model):
         return {**logs, **self._term_means.result()} if in_training else logs
 
     def get_metrics_result(self) -> dict[str, Any]:
-        """Returns `loss` and the compiled metrics: what `evaluate` reports."""
+        """Returns `loss` and the compiled metrics: what `evaluate` reports.
+
+        In `fit` on several replicas of `tf.distribute` it returns the terms too. Keras takes an
+        epoch's logs from here where the names are those of the last step's logs, and otherwise the
+        mean of what each replica has logged, which is another number where their parts of the data
+        differ in size.
+        """
         results = {}
         for metric in self.metrics:
             # Without labels the compiled metrics are never built.
@@ -535,7 +546,20 @@ class Distiller(keras.Model):
                 continue
             result = metric.result()
             results.update(result if isinstance(result, dict) else {metric.name: result})
-        return results
+        return {**results, **self._term_means.result()} if self._reports_terms else results
+
+    @contextlib.contextmanager
+    def _reporting(self, terms: bool) -> Iterator[None]:
+        before, self._reports_terms = self._reports_terms, terms
+        try:
+            yield
+        finally:
+            self._reports_terms = before
+
+    def _replicas(self) -> int:
+        """Returns how many replicas of `tf.distribute` this model was made for."""
+        strategy = getattr(self, "distribute_strategy", None)  # on TensorFlow alone
+        return 1 if strategy is None else strategy.num_replicas_in_sync
 
     def step_terms(self) -> dict[str, float]:
         """Returns the terms of the last training step alone; the logs hold means over the epoch.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import layers, ops
 
-from dskd_keras import graph, maps
+from dskd_keras import graph, maps, replicas
 from dskd_keras.errors import InputError, unknown_name, wrong
 from dskd_keras.keras_internals import input_structure, output_structure
 
@@ -284,7 +284,13 @@ class TeacherClassifierHead(ConvolutionalHead):
 def _activated(layer: Any, x: keras.KerasTensor, mask: Any, dtype: Any) -> keras.KerasTensor:
     """Returns what a layer makes of a map, normalised over the batch and rectified."""
     norm = layers.BatchNormalization(
-        momentum=0.9, epsilon=1e-5, name=f"{layer.name}_bn", dtype=dtype
+        momentum=0.9,
+        epsilon=1e-5,
+        # On JAX it is so by itself. No head is saved with its layers: another backend, which would
+        # refuse the setting, never reads it.
+        synchronized=replicas.count() > 1,
+        name=f"{layer.name}_bn",
+        dtype=dtype,
     )
     x = norm(layer(x)) if mask is None else norm(layer(x), mask=mask)
     return layers.ReLU(name=f"{layer.name}_relu", dtype=dtype)(x)

@@ -118,6 +118,53 @@ def values_kept(model: keras.Model) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def layout_of_each_batch() -> Iterator[None]:
+    """A context in which JAX's `fit`, `evaluate` and `predict` ask for the layout of each batch.
+
+    Keras asks a distribution for the layout of the first batch and takes it for all of them; a
+    smaller last batch, which may not divide among the devices, can't be laid out that way. Arrays
+    that are spread over the devices already stay as they are.
+    """
+    import jax
+    from keras.src.backend.jax import trainer
+
+    def placed(array: Any, distribution: Any) -> Any:
+        if array is None or isinstance(array, jax.Array):
+            return array
+        layout = distribution.get_data_layout(array.shape).backend_layout
+        return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
+
+    def iterator(self: Any, distribution: Any) -> Iterator[Any]:
+        for batch in self.data_adapter.get_jax_iterator():
+            yield keras.tree.map_structure(lambda array: placed(array, distribution), batch)
+
+    before = trainer.JAXEpochIterator._get_distributed_iterator
+    trainer.JAXEpochIterator._get_distributed_iterator = iterator
+    try:
+        yield
+    finally:
+        trainer.JAXEpochIterator._get_distributed_iterator = before
+
+
+def publish(key: str, text: str) -> None:
+    """Lets all processes of `jax.distributed` read a text.
+
+    JAX's public ways between processes are steps of a program, which all of them run at once; one
+    that has nothing to do yet would time out.
+    """
+    from jax._src import distributed
+
+    distributed.global_state.client.key_value_set(key, text)
+
+
+def published(key: str) -> str:
+    """Returns the text that another process publishes, after waiting for it for a year at most."""
+    from jax._src import distributed
+
+    return distributed.global_state.client.blocking_key_value_get(key, 365 * 24 * 3600 * 1000)
+
+
 def compiled_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> Any:
     """Returns what `compile(loss=...)` asks for of all outputs, a scalar.
 

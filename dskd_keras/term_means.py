@@ -5,11 +5,16 @@ from typing import Any
 import keras
 from keras import ops
 
+from dskd_keras import replicas
+
 
 class BatchMean(keras.losses.Loss):
     """The mean of one value an image: Σ w·l / B.
 
-    `tf.distribute` sums the losses of the replicas, and a Keras loss scales itself by their number.
+    `tf.distribute` sums the gradients of the replicas, and a Keras loss scales itself by their
+    number. That is right where all have as many images. Here the gradient is that of the replica's
+    share of the sum over the batch of all replicas, so that a smaller last batch, which doesn't
+    divide among them, has the gradient that one device finds.
     """
 
     def __init__(self) -> None:
@@ -18,7 +23,14 @@ class BatchMean(keras.losses.Loss):
     def __call__(self, values: Any, sample_weight: Any = None) -> Any:
         """Returns the mean of values `[B]`, each times its weight, if there are weights `[B]`."""
         # Keras pairs predictions with targets. Here the values are both.
-        return super().__call__(values, values, sample_weight)
+        mean = super().__call__(values, values, sample_weight)
+        if replicas.count() == 1:
+            return mean
+        weighted = values if sample_weight is None else values * sample_weight
+        share = ops.sum(weighted) / replicas.size(values)
+        # The value stays the replica's own mean: Keras's tracker of the loss weighs it by the
+        # replica's number of images.
+        return share + ops.stop_gradient(mean - share)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Returns the values."""

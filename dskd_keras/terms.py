@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from dskd_keras import labels, losses, maps
+from dskd_keras import labels, losses, maps, replicas
 from dskd_keras.errors import InputError
 from dskd_keras.labels import Labels
 from dskd_keras.weighting import Weighting
@@ -101,8 +101,8 @@ class Terms:
         loss: Callable[[str], Any],
     ) -> None:
         """Adds a term of the shallow layers; `loss` gives that of a layer, one value an image."""
-        values = [loss(layer) for layer in self._layers]
-        means = _mean_over_replicas(ops.stack([self._mean(of_layer) for of_layer in values]))
+        values = ops.stack([loss(layer) for layer in self._layers])
+        means = self._mean(values)
         weights = in_full_precision(weighting(means))
         for layer, mean, weight in zip(
             self._layers, ops.unstack(means), ops.unstack(weights), strict=True
@@ -110,7 +110,7 @@ class Terms:
             self.means[f"deep_{kind}_loss/{layer}"] = mean
             self.means[f"deep_{kind}_allocation/{layer}"] = weight
         self.means[f"deep_{kind}_loss"] = ops.sum(weights * means)
-        self._add(coefficient * ops.matmul(weights, ops.stack(values)))
+        self._add(coefficient * ops.matmul(weights, values))
 
     def _add(self, values: Any) -> None:
         self.total = values if self.total is None else self.total + values
@@ -134,13 +134,14 @@ class Terms:
                 valid = _fitted(valid, values)
             # As Keras does: the mean over the batch is that over its valid positions.
             values = ops.where(valid > 0, values * valid, ops.zeros_like(values))
-            images = ops.cast(ops.shape(values)[0], values.dtype)
-            scale = ops.divide_no_nan(images, ops.sum(valid))
+            scale = ops.divide_no_nan(replicas.size(values), replicas.total(ops.sum(valid)))
             return _sum_over_positions(values) * scale
         return values if rank == 1 else ops.mean(values, axis=tuple(range(1, rank)))
 
     def _mean(self, values: Any) -> Any:
-        return ops.mean(values if self.sample_weight is None else values * self.sample_weight)
+        """Returns the means of values `[B]`, or `[L, B]`, over the batch of all replicas."""
+        weighted = values if self.sample_weight is None else values * self.sample_weight
+        return replicas.mean(weighted)
 
 
 class Predictions:
@@ -299,15 +300,3 @@ def _fitted(weight: Any, values: Any) -> Any:
     if own > rank or (own > 1 and own != rank):
         weight = ops.mean(weight, axis=tuple(range(1, own)))
     return ops.reshape(weight, (-1, *[1] * (rank - 1)))
-
-
-def _mean_over_replicas(values: Any) -> Any:
-    """Returns means over the replicas of `tf.distribute`, so that all of them allocate alike."""
-    if keras.backend.backend() != "tensorflow":
-        return values
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return values
-    return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import keras
@@ -218,3 +219,27 @@ def test_what_runs_where_is_what_tests_do():
         if "[" not in name:
             assert (cells[column] == "yes") >= (not skipped) or cells[column] == "–", name
             assert not (cells[column] == "yes" and skipped), name
+
+
+@pytest.mark.once
+def test_what_starts_several_hosts_can_be_read():
+    page = DOCS / "scale.md"
+    (script,) = (text for text in blocks(page, "") if text.startswith("#!"))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    (manifest,) = blocks(page, "yaml")
+    service, job = yaml.safe_load_all(manifest)
+    assert service["kind"] == "Service" and service["spec"]["clusterIP"] == "None"
+    spec = job["spec"]
+    assert job["kind"] == "Job" and spec["completionMode"] == "Indexed"
+    (container,) = spec["template"]["spec"]["containers"]
+    environment = {variable["name"]: variable for variable in container["env"]}
+    assert int(environment["JAX_NUM_PROCESSES"]["value"]) == spec["completions"]
+    assert spec["completions"] == spec["parallelism"]
+    host, _, subdomain = environment["JAX_COORDINATOR_ADDRESS"]["value"].partition(".")
+    assert host == f"{job['metadata']['name']}-0"
+    assert subdomain.partition(":")[0] == spec["template"]["spec"]["subdomain"]
+    assert subdomain.partition(":")[0] == service["metadata"]["name"]
+    started = re.sub(r"\\\n", " ", script[script.index("python train.py") :])
+    for words in (container["command"], shlex.split(started)):
+        config = command_line.parse(ExperimentConfig, words[2:], "train.py")
+        assert config.devices == "all" and config.resume

@@ -159,7 +159,8 @@ def test_the_accuracy_of_heads(classes):
         head.bias.assign(1e6 * np.eye(10)[seen])
         expected[layer] = np.mean(dataset.y_test == seen)
     assert len(set(expected.values())) == len(classes)
-    assert evaluation.head_accuracies(distiller, dataset) == pytest.approx(expected)
+    run = Run(None, dataset, None)
+    assert evaluation.head_accuracies(distiller, run) == pytest.approx(expected)
 
 
 def test_the_student_is_bare_and_says_what_it_expects(finished, images, tmp_path):

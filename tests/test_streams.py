@@ -83,6 +83,19 @@ def test_a_stream_goes_on_from_any_batch(folder):
     assert_same(training(stream, first_batch=8), _From(training(data.load(folder)), 8), range(5))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_batches_hold_what_the_whole_ones_do(folder, stream):
+    dataset = data.load(folder, stream=stream, stream_workers=1)
+    parts = {4: slice(1, 3), 1: slice(0, 1)}
+    for batches, count in ((training(dataset, first_batch=2), 8), (evaluation(dataset), 3)):
+        some = batches.part(parts)
+        for index in range(count):
+            size = some.size(index)
+            assert size == batches.size(index) == len(batches[index][1])
+            for part, whole in zip(some[index], batches[index], strict=True):
+                np.testing.assert_array_equal(part, whole[parts[size]])
+
+
 class _From:
     def __init__(self, batches, first):
         self.batches, self.first = batches, first

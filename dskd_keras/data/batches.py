@@ -1,7 +1,10 @@
 """Batches for training, augmented anew each epoch, and for evaluation."""
 
-from collections.abc import Sequence
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -77,15 +80,19 @@ class FixedViews:
             return self._to_input(np.concatenate(list(views)))
 
 
+def _made_ahead(plan: Plan, length: int | None) -> Prefetched | None:
+    images = plan.images
+    return Prefetched(plan, length, images.workers) if isinstance(images, ImageStream) else None
+
+
 class _Batches(keras.utils.PyDataset):
     """Normalised images and their labels, in batches."""
 
     def __init__(self, plan: Plan, length: int | None) -> None:
         super().__init__(workers=1)
         self.plan = plan
-        self._made: Prefetched | None = None
-        if isinstance(plan.images, ImageStream):
-            self._made = Prefetched(plan, length, plan.images.workers)
+        self._length = length
+        self._made = _made_ahead(plan, length)
 
     @property
     def images(self) -> Images:
@@ -102,7 +109,22 @@ class _Batches(keras.utils.PyDataset):
         """Batches that hold each image once, the smaller last one included."""
         return self.plan.steps_per_epoch
 
-    def __getitem__(self, index: int) -> Batch:
+    def size(self, index: int) -> int:
+        """Returns how many images batch `index` has, all parts of it together."""
+        return self.plan.size(index)
+
+    def part(self, parts: Mapping[int, slice]) -> Self:
+        """Returns the same batches, of which each has some rows alone.
+
+        Args:
+            parts: Which rows, by the size of the whole batch. Other batches are left whole.
+        """
+        some = copy.copy(self)
+        some.plan = dataclasses.replace(self.plan, parts=parts)
+        some._made = _made_ahead(some.plan, self._length)
+        return some
+
+    def __getitem__(self, index: int) -> Any:
         """Returns batch `index`."""
         return self.plan(index) if self._made is None else self._made[index]
 
@@ -171,6 +193,7 @@ class TrainingBatches(_Batches):
             labels.astype(np.int32),
             checks.whole("batch_size", batch_size, 1),
             _to_input(mean, std),
+            {},
             checks.whole("seed", seed, 0),
             augmentation,
             checks.whole("first_batch", first_batch, 0),
@@ -223,7 +246,7 @@ class EvaluationBatches(_Batches):
     ) -> None:
         check_arrays("images", images, "labels", labels)
         batch_size = checks.whole("batch_size", batch_size, 1)
-        plan = EvaluationPlan(images, labels.astype(np.int32), batch_size, _to_input(mean, std))
+        plan = EvaluationPlan(images, labels.astype(np.int32), batch_size, _to_input(mean, std), {})
         super().__init__(plan, plan.steps_per_epoch)
 
     @property

@@ -7,7 +7,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -41,11 +41,22 @@ class Plan(abc.ABC):
     labels: np.ndarray
     batch_size: int
     to_input: ToInput
+    # Which rows of a batch are made, by its size: all, or what the devices of this process need.
+    parts: Mapping[int, slice]
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches that hold each image once, the smaller last one included."""
         return math.ceil(len(self.images) / self.batch_size)
+
+    def size(self, index: int) -> int:
+        """Returns how many images batch `index` has, all parts of it together."""
+        start = (index % self.steps_per_epoch) * self.batch_size
+        return min(self.batch_size, len(self.images) - start)
+
+    def rows(self, size: int) -> slice:
+        """Returns which rows of a batch of a size are made."""
+        return self.parts.get(size, slice(None))
 
     @abc.abstractmethod
     def pixels(self, index: int) -> Batch:
@@ -69,9 +80,15 @@ class TrainingPlan(Plan):
         """Returns batch `index`, counted from `first_batch`."""
         epoch, step, chosen = self.place(index)
         rng = np.random.default_rng([self.seed, epoch, step + 1])
+        # Drawn for the whole batch: a part sees what the whole would have.
         augmentation = Augmentation(self.augmentation, len(chosen), rng)
-        images = augmented(self.images, chosen, augmentation, np.arange(len(chosen)))
-        return images, self.labels[chosen]
+        rows = np.arange(len(chosen))[self.rows(len(chosen))]
+        images = augmented(self.images, chosen[rows], augmentation, rows)
+        return images, self.labels[chosen[rows]]
+
+    def size(self, index: int) -> int:
+        """Returns how many images batch `index` has, counted from `first_batch`."""
+        return super().size(self.first_batch + index)
 
     def place(self, index: int) -> tuple[int, int, np.ndarray]:
         """Returns the epoch and the step of batch `index`, and its images' indices `[B]`."""
@@ -87,8 +104,9 @@ class EvaluationPlan(Plan):
 
     def pixels(self, index: int) -> Batch:
         """Returns batch `index` of one pass."""
-        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        return self.images[part], self.labels[part]
+        size = self.size(index)
+        chosen = index * self.batch_size + np.arange(size)[self.rows(size)]
+        return self.images[chosen], self.labels[chosen]
 
 
 # Several threads may be in two epochs, of a training run or two.

@@ -74,6 +74,7 @@ class CachedBatches(TrainingBatches):
     def __getitem__(self, index: int) -> tuple[np.ndarray, Targets]:  # type: ignore[override]
         """Returns `(x, y)`: inputs as in `TrainingBatches`, and `Targets`."""
         epoch, _, chosen = self.place(index)
+        chosen = chosen[self.plan.rows(len(chosen))]
         view = epoch % self._cached.views.count
         outputs = self._cached.outputs(view, chosen, self._names)
         return self._cached.views(view, chosen), Targets(self.labels[chosen], outputs)

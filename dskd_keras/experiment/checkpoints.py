@@ -17,9 +17,9 @@ import keras
 import numpy as np
 
 from dskd_keras import files
-from dskd_keras.data import EvaluationBatches
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError, TrainingError
+from dskd_keras.experiment import hosts
 from dskd_keras.experiment.interruption import Interrupted, StopRequest
 from dskd_keras.progress import Place, last_step, steps_before
 
@@ -113,6 +113,49 @@ class CheckpointFolder:
         )
 
 
+class Restorer(keras.callbacks.Callback):
+    """Sets a training to where a checkpoint left it, in all processes that train together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics: list[np.ndarray] = []
+
+    def restore(
+        self, distiller: Distiller, checkpoint: Checkpoint | None, batches: keras.utils.PyDataset
+    ) -> Place:
+        """Sets a compiled distiller to where the checkpoint left it; returns where that is.
+
+        Args:
+            distiller: Compiled.
+            checkpoint: None where there is none, and in a process that follows.
+            batches: Of any labelled images.
+
+        Raises:
+            InputError: The checkpoint is of another model.
+        """
+        shared = hosts.here().shared
+        (numbers,) = shared([np.array(Place() if checkpoint is None else checkpoint.place)])
+        place = Place(*map(int, numbers))
+        if place == Place():
+            return place
+        distiller.optimizer.build(distiller.trainable_variables)
+        if place.step:
+            # Keras builds compiled metrics on the first batch; `evaluate` changes nothing else.
+            distiller.evaluate(batches, steps=1, verbose=0)
+        held = checkpoint or Checkpoint(place, [], [], [], [], {})
+        _assign(distiller.variables, shared(held.variables))
+        _assign(distiller.optimizer.variables, shared(held.optimizer))
+        # `fit` sets the metrics to zero before its first epoch begins.
+        self._metrics = shared(held.metrics)
+        return place
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Restores the metrics where training goes on within an epoch."""
+        if self._metrics:
+            _assign(self.model.metrics_variables, self._metrics)
+            self._metrics = []
+
+
 class Checkpointer(keras.callbacks.Callback):
     """Saves a checkpoint every so many steps, after every epoch, and when asked to stop.
 
@@ -137,32 +180,11 @@ class Checkpointer(keras.callbacks.Callback):
         self._steps_per_epoch = steps_per_epoch
         self._stop = stop
         self._record = record
-        self._restored: Checkpoint | None = None
         self._epoch = 0
 
-    def restore(
-        self, distiller: Distiller, checkpoint: Checkpoint, batches: EvaluationBatches
-    ) -> None:
-        """Sets a compiled distiller to where the checkpoint left it.
-
-        Raises:
-            InputError: The checkpoint is of another model.
-        """
-        distiller.optimizer.build(distiller.trainable_variables)
-        if checkpoint.place.step:
-            # Keras builds compiled metrics on the first batch; `evaluate` changes nothing else.
-            distiller.evaluate(batches, steps=1, verbose=0)
-        _assign(distiller.variables, checkpoint.variables)
-        _assign(distiller.optimizer.variables, checkpoint.optimizer)
-        # `fit` sets the metrics to zero before its first epoch begins.
-        self._restored = checkpoint if checkpoint.place.step else None
-
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Restores the metrics where training goes on within an epoch."""
+        """Notes the epoch."""
         self._epoch = epoch
-        if self._restored is not None:
-            _assign(self.model.metrics_variables, self._restored.metrics)
-            self._restored = None
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves where the number of steps says so, or a stop was asked for."""

@@ -24,6 +24,8 @@ Head = Literal["separable", "pointwise", "convolutional", "teacher_classifier"]
 # What NumPy and the backends take for a seed.
 MOST_SEED = 2**32 - 1
 _MOST_SEEDS = 1000
+# The number of devices that takes all there are.
+ALL = "all"
 # Of a side.
 _MOST_PIXELS = 10_000
 _MOST_WORKERS = 1_000
@@ -80,7 +82,9 @@ class ExperimentConfig:
         dtype_policy: Precision of the student's training; variables and losses stay float32, and
             mixed_float16 scales the loss. A teacher is trained in float32.
         epochs: Epochs of the student.
-        batch_size: Images in a step.
+        batch_size: Images in a step, on all devices together.
+        devices: How many train together, each a share of every batch; all is all that there are.
+            TensorFlow and JAX alone.
         learning_rate: Of the student, at the start.
         schedule: step multiplies the rate by decay_factor at each of decay_at, cosine takes it
             to zero.
@@ -140,6 +144,7 @@ class ExperimentConfig:
     dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     epochs: int = 240
     batch_size: int = 64
+    devices: int | str = 1
     learning_rate: float = 0.05
     schedule: Literal["step", "cosine"] = "step"
     decay_at: list[float] = dataclasses.field(default_factory=lambda: [0.625, 0.75, 0.875])
@@ -169,6 +174,10 @@ class ExperimentConfig:
             1, "epochs", "batch_size", "train_examples", "teacher_epochs", "checkpoint_steps"
         )
         self.check_whole(1, "image_size", most=_MOST_PIXELS)
+        if self.devices != ALL:
+            if isinstance(self.devices, str):
+                raise wrong("devices", self.devices, f"a whole number of devices, or {ALL}")
+            self.check_whole(1, "devices")
         self.check_whole(0, "teacher_seed", most=MOST_SEED)
         self.check_whole(0, "stream_workers", most=_MOST_WORKERS)
         for field in PATHS:

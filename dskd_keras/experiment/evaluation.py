@@ -10,6 +10,7 @@ import numpy as np
 
 from dskd_keras.data import ImageDataset
 from dskd_keras.distiller import Distiller
+from dskd_keras.experiment.run import Run
 from dskd_keras.experiment.training import evaluation_batches
 
 _LATENCY_REPETITIONS = 20
@@ -25,14 +26,15 @@ def predicted_classes(model: keras.Model, dataset: ImageDataset) -> np.ndarray:
     return np.argmax(predicted_logits(model, dataset), axis=-1)
 
 
-def head_accuracies(distiller: Distiller, dataset: ImageDataset) -> dict[str, float]:
+def head_accuracies(distiller: Distiller, run: Run) -> dict[str, float]:
     """Returns the test accuracy, 0 to 1, of every auxiliary head by layer name."""
+    dataset = run.dataset
     heads = distiller.student_with_heads
     deep_logits = heads.output.deep_logits
     if not deep_logits:
         return {}
     # A dict: of a list with one output Keras makes the output itself.
-    model = keras.Model(heads.inputs, dict(deep_logits))
+    model = run.devices.copied(keras.Model(heads.inputs, dict(deep_logits)))
     predictions = model.predict(evaluation_batches(dataset, "test"), verbose=0)
     return {
         layer: accuracy(np.argmax(predictions[layer], axis=-1), dataset) for layer in deep_logits

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dskd_keras import export, files, report
-from dskd_keras.experiment import build, run_folder, students, teachers, training
+from dskd_keras.experiment import build, devices, run_folder, students, teachers, training
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
@@ -39,7 +39,9 @@ def run(
         run_folder.finished_result(config, folder)  # refuses one of another configuration
     for format in config.export:
         export.check_available(format)
-    run = Run(config, build.load_data(config, console), console, command)
+    found = devices.find(config)
+    run = Run(config, build.load_data(config, console), console, command, found)
+    devices.check_batches(found, run.dataset, config)
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     built = build.distiller(run, build.create_teacher(run), build.create_student(run))
     if built.teacher_layer is not None and built.student_layers:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from dskd_keras.data.dataset import ImageDataset
 from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.devices import Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Run:
         dataset: The images that it names.
         console: For messages and tables.
         command: The command line that asked for it, None where there is none.
+        devices: What trains.
     """
 
     config: ExperimentConfig
     dataset: ImageDataset
     console: Console
     command: str | None = None
+    devices: Devices = dataclasses.field(default_factory=Devices)
 
     def replace(self, **fields: Any) -> "Run":
         """Returns the same run with other fields of its configuration."""

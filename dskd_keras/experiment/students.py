@@ -9,7 +9,8 @@ import keras
 import numpy as np
 
 from dskd_keras import csv_cells, data, export, files
-from dskd_keras.experiment import build, evaluation, saved_models, training
+from dskd_keras.distiller import Distiller
+from dskd_keras.experiment import build, evaluation, hosts, saved_models, teachers, training
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.run import Run
 from dskd_keras.experiment.teachers import MeasuredTeacher
@@ -30,25 +31,31 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
     run.say(f"Training the student {config.student} ({config.method}, seed {seed})", style="bold")
     alone = dataclasses.replace(config, seeds=[seed], resume=False)
     files.write_text(folder / "config.yaml", alone.to_yaml())
-    keras.utils.set_random_seed(seed)
-    student = build.create_student(run)
-    distiller = build.distiller(run, teacher and teacher.model, student)
     # Not student.keras: that one is finished.
     so_far = folder / "student_interrupted.keras"
+    student = None
     try:
-        trained = training.train(run, distiller, seed, folder)
+        with hosts.here().together(trains="student", seed=seed), run.devices.scope():
+            model = teacher and teacher.model
+            hosts.here().shared([] if model is None else model.get_weights())
+            distiller = _untrained(run, model, seed)
+            student = distiller.student
+            trained = training.train(run, distiller, seed, folder)
     except KeyboardInterrupt:
-        _save_interrupted(run, student, so_far)
+        if student is not None:
+            _save_interrupted(run, student, so_far)
         raise
     except Exception:
         # Nothing to go on from: what is mended now is another configuration, free to begin here.
         if not CheckpointFolder(folder / "checkpoints").exist():
             (folder / "config.yaml").unlink(missing_ok=True)
         raise
+    # What is measured and saved is a model of one device.
+    student = run.devices.copied(distiller.student)
     saved_models.save_student(run, student, folder / "student.keras")
     so_far.unlink(missing_ok=True)
     classes = evaluation.predicted_classes(student, run.dataset)
-    heads = evaluation.head_accuracies(distiller, run.dataset)
+    heads = evaluation.head_accuracies(distiller, run)
     accuracies = trained.history["val_accuracy"]
     best_epoch = int(np.argmax(accuracies))
     best_accuracy = accuracies[best_epoch]
@@ -83,9 +90,31 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
     return result
 
 
+def _untrained(run: Run, teacher: keras.Model | None, seed: int) -> Distiller:
+    # A copy draws weights before it gets its own: the same in all processes, and the student's are
+    # those of a run on one device.
+    keras.utils.set_random_seed(seed)
+    model = None if teacher is None else run.devices.copied(teacher)
+    keras.utils.set_random_seed(seed)
+    return build.distiller(run, model, build.create_student(run))
+
+
+def follow(run: Run, seed: int) -> None:
+    """Takes part in the training of a student that another process leads."""
+    weights = hosts.here().shared([])
+    teacher = build.create_teacher(run)
+    if teacher is not None:
+        teacher = teachers.ready_to_teach(run, teacher)
+        # NumPy's file format doesn't know bfloat16.
+        own = [np.asarray(value).dtype for value in teacher.get_weights()]
+        teacher.set_weights([value.view(dtype) for value, dtype in zip(weights, own, strict=True)])
+    with run.devices.scope():
+        training.follow(run, _untrained(run, teacher, seed), seed)
+
+
 def _save_interrupted(run: Run, student: keras.Model, path: Path) -> None:
     try:
-        saved_models.save_student(run, student, path)
+        saved_models.save_student(run, run.devices.copied(student), path)
     except Exception as error:  # on JAX there are no values before the first step is done
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         run.say(f"Interrupted. The student so far can't be saved ({reason}); --resume goes on.")

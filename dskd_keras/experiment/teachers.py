@@ -9,8 +9,9 @@ import keras
 import numpy as np
 
 from dskd_keras import files
+from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
-from dskd_keras.experiment import build, evaluation, run_folder, saved_models, training
+from dskd_keras.experiment import build, evaluation, hosts, run_folder, saved_models, training
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.run import Run
 from dskd_keras.folding import fold_batch_norm
@@ -161,6 +162,18 @@ def _training_run(run: Run) -> Run:
     )
 
 
+def _untrained(run: Run) -> Distiller:
+    keras.utils.set_random_seed(run.config.teacher_seed)
+    return build.distiller(run, None, build.create_student(run))
+
+
+def follow(run: Run) -> None:
+    """Takes part in the training of a teacher that another process leads."""
+    run = _training_run(run)
+    with run.devices.scope():
+        training.follow(run, _untrained(run), run.config.teacher_seed)
+
+
 def _train(run: Run, path: Path, wanted: dict[str, Any]) -> None:
     """Trains the teacher and saves it, unless another process is just doing so."""
     folder = path.with_suffix("")
@@ -174,10 +187,10 @@ def _train(run: Run, path: Path, wanted: dict[str, Any]) -> None:
             run_folder.set_aside(folder, run.say)
         run = _training_run(run)
         seed = run.config.teacher_seed
-        keras.utils.set_random_seed(seed)
-        distiller = build.distiller(run, None, build.create_student(run))
         try:
-            trained = training.train(run, distiller, seed, folder)
+            with hosts.here().together(trains="teacher"), run.devices.scope():
+                distiller = _untrained(run)
+                trained = training.train(run, distiller, seed, folder)
         except KeyboardInterrupt:
             run.say(f"Interrupted while the teacher was trained ({folder}); --resume goes on.")
             raise
@@ -194,4 +207,4 @@ def _train(run: Run, path: Path, wanted: dict[str, Any]) -> None:
             **saved_models.dataset_notes(run.dataset),
         }
         files.remove_leftovers(path.parent, path.stem)
-        saved_models.save_model(distiller.student, path, notes)
+        saved_models.save_model(run.devices.copied(distiller.student), path, notes)

@@ -16,8 +16,14 @@ from dskd_keras import data, files
 from dskd_keras.callbacks import FadeOut, StopOnNonFiniteLoss, TensorBoardScalars, Throughput
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
-from dskd_keras.experiment.checkpoints import Checkpoint, Checkpointer, CheckpointFolder
+from dskd_keras.experiment.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    CheckpointFolder,
+    Restorer,
+)
 from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.devices import Devices
 from dskd_keras.experiment.interruption import StopRequest
 from dskd_keras.experiment.run import Run
 from dskd_keras.optimizers import SGD
@@ -57,7 +63,7 @@ def train(
 
     Args:
         run: The configuration and its images.
-        distiller: Not compiled.
+        distiller: Not compiled; made, and trained, within the scope of the run's devices.
         seed: Of the order and the augmentation of the images.
         folder: An existing folder.
         batches: Defaults to augmented ones.
@@ -70,17 +76,10 @@ def train(
         TrainingError: A loss or a weight is not finite, or the disk can't be written.
     """
     config = run.config
-    batches = batches or functools.partial(training_batches, run, seed)
-    steps = batches(0).steps_per_epoch
-    part = "test" if run.dataset.x_validation is None else "validation"
-    held_out = evaluation_batches(run.dataset, part)
-    distiller.compile(optimizer(config, steps * config.epochs), **compile_options())
+    plan = _plan(run, distiller, batches or functools.partial(training_batches, run, seed))
+    steps = plan.steps
     found = checkpoint_to_resume(run, folder)
     record = _Record(folder / "history.csv", distiller.student, conditions(run.dataset), found)
-    fading = []
-    if config.deep_supervision < 1 and config.method == "dskd":
-        # Before a checkpoint restores coefficients that have fallen already.
-        fading.append(FadeOut(distiller, max(1, round(config.deep_supervision * config.epochs))))
     throughput = Throughput(len(run.dataset.x_train) / steps)
     stop = StopRequest(lambda: run.say("Stopping after this step; once more to stop at once."))
     checkpointer = Checkpointer(
@@ -89,11 +88,10 @@ def train(
     epochs = config.epochs if until is None else until
     options = {
         "epochs": epochs,
-        "validation_data": held_out,
+        "validation_data": plan.held_out,
         "callbacks": [
             throughput,
-            *fading,
-            StopOnNonFiniteLoss(),
+            *plan.callbacks,
             _HistoryFile(record.path),
             TensorBoardScalars(folder / "tensorboard"),
             record,
@@ -103,24 +101,74 @@ def train(
         "verbose": (1 if sys.stdout.isatty() else 2) if verbose is None else verbose,
     }
     with stop, files.disk_errors_in_one_line(folder):
-        place = Place()
+        place = plan.restorer.restore(distiller, found, plan.held_out)
         if found is not None:
-            place = found.place
-            checkpointer.restore(distiller, found, held_out)
             within = f", step {place.step} of {steps}." if place.step else "."
             run.say(f"Continuing after epoch {place.epoch} of {epochs}{within}")
-        if place.step:
-            _fit(distiller, batches, place, steps, options)
-            place = Place(place.epoch + 1)
-        if place.epoch < epochs:
-            _fit(distiller, batches, place, steps, options)
+        with run.devices.training(distiller):
+            _fit_from(place, distiller, plan, options)
     return Trained(
         _columns(record.history()), record.best, throughput.images_per_second, record.seconds()
     )
 
 
+def follow(run: Run, distiller: Distiller, seed: int) -> None:
+    """Takes part in what `train` does in another process, with the same arguments."""
+    plan = _plan(run, distiller, functools.partial(training_batches, run, seed))
+    options = {
+        "epochs": run.config.epochs,
+        "validation_data": plan.held_out,
+        "callbacks": plan.callbacks,
+        "verbose": 0,
+    }
+    # The process that leads hears of a stop too, and has to finish its step.
+    with StopRequest(lambda: None):
+        place = plan.restorer.restore(distiller, None, plan.held_out)
+        _fit_from(place, distiller, plan, options)
+
+
+class _Plan(NamedTuple):
+    """What all processes of a training have in common."""
+
+    batches: Callable[[int], keras.utils.PyDataset]
+    steps: int  # an epoch
+    held_out: keras.utils.PyDataset
+    restorer: Restorer
+    callbacks: list[keras.callbacks.Callback]
+
+
+def _plan(run: Run, distiller: Distiller, batches: BatchesFrom) -> _Plan:
+    """Compiles a distiller and returns what trains it."""
+    config = run.config
+    steps = batches(0).steps_per_epoch
+    part = "test" if run.dataset.x_validation is None else "validation"
+    held_out = evaluation_batches(run.dataset, part, run.devices)
+    distiller.compile(optimizer(config, steps * config.epochs), **compile_options())
+    restorer = Restorer()
+    callbacks = [restorer, StopOnNonFiniteLoss()]
+    if config.deep_supervision < 1 and config.method == "dskd":
+        # Before a checkpoint restores coefficients that have fallen already.
+        epochs = max(1, round(config.deep_supervision * config.epochs))
+        callbacks.insert(0, FadeOut(distiller, epochs))
+    shares = run.devices.shares
+    return _Plan(lambda first: shares(batches(first)), steps, shares(held_out), restorer, callbacks)
+
+
+def _fit_from(place: Place, distiller: Distiller, plan: _Plan, options: dict[str, Any]) -> None:
+    """Trains from a place to the end of all epochs."""
+    if place.step:
+        _fit(distiller, plan.batches, place, plan.steps, options)
+        place = Place(place.epoch + 1)
+    if place.epoch < options["epochs"]:
+        _fit(distiller, plan.batches, place, plan.steps, options)
+
+
 def _fit(
-    distiller: Distiller, batches: BatchesFrom, place: Place, steps: int, options: dict[str, Any]
+    distiller: Distiller,
+    batches: Callable[[int], keras.utils.PyDataset],
+    place: Place,
+    steps: int,
+    options: dict[str, Any],
 ) -> None:
     """Trains from the beginning of an epoch to the end, or from within an epoch to its end."""
     distiller.resumed_at = place
@@ -272,12 +320,16 @@ def augmentation(run: Run) -> str:
     return run.dataset.augmentation if configured == "auto" else configured
 
 
-def evaluation_batches(dataset: data.ImageDataset, part: str) -> data.EvaluationBatches:
-    """Returns the batches of `"test"` or `"validation"`."""
+def evaluation_batches(
+    dataset: data.ImageDataset, part: str, devices: Devices | None = None
+) -> data.EvaluationBatches:
+    """Returns the batches of `"test"` or `"validation"`, for one device or several."""
+    images = getattr(dataset, f"x_{part}")
+    sizes = (devices or Devices()).sizes(len(images), _EVALUATION_BATCH)
     return data.EvaluationBatches(
-        getattr(dataset, f"x_{part}"),
+        images,
         getattr(dataset, f"y_{part}"),
-        _EVALUATION_BATCH,
+        sizes[0],
         dataset.mean,
         dataset.std,
     )

@@ -148,6 +148,11 @@ class SearchConfig(ExperimentConfig):
                 "validation_fraction: 0.0, but a search compares its trials by images held out of "
                 "the training. Give a share of it, such as 0.1."
             )
+        if self.devices != 1:
+            raise InputError(
+                f"devices: {self.devices}, but a search runs each trial on one device. Set it to "
+                "1, and start more workers to use more devices."
+            )
         if self.method != "dskd" and self.ranges.student_layers is not None:
             raise InputError(
                 f"ranges.student_layers: {self.ranges.student_layers}, but method {self.method} "

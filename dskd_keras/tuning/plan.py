@@ -22,7 +22,7 @@ from dskd_keras.tuning.hypermodel import DistillationHyperModel
 _MAY_DIFFER = (
     "pair", "data_dir", "run_dir", "teacher_dir", "export", "resume", "checkpoint_steps",
     "max_trials", "workers", "chief_timeout", "worker_timeout", "max_failures", "final",
-    "include_preprocessing",
+    "include_preprocessing", "devices",
 )  # fmt: skip
 
 
