@@ -133,7 +133,7 @@ def layout_of_each_batch() -> Iterator[None]:
         if array is None or isinstance(array, jax.Array):
             return array
         layout = distribution.get_data_layout(array.shape).backend_layout
-        return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
+        return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
     def iterator(self: Any, distribution: Any) -> Iterator[Any]:
         for batch in self.data_adapter.get_jax_iterator():
@@ -150,8 +150,8 @@ def layout_of_each_batch() -> Iterator[None]:
 def publish(key: str, text: str) -> None:
     """Lets all processes of `jax.distributed` read a text.
 
-    JAX's public ways between processes are steps of a program, which all of them run at once; one
-    that has nothing to do yet would time out.
+    It is JAX that keeps this way to itself. Its public ways between processes are steps of a
+    program, which all of them run at once; one that has nothing to do yet would time out.
     """
     from jax._src import distributed
 

@@ -22,8 +22,8 @@ GROUND = ["_lazy", "checks", "errors", "progress"]
 CORE = [
     "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
     "freezing", "graph", "heads", "inputs", "keras_internals", "labels", "losses", "maps", "naming",
-    "objective", "optimizers", "pairing", "teacher", "term_means", "terms", "tracing", "walking",
-    "weighting",
+    "objective", "optimizers", "pairing", "replicas", "teacher", "term_means", "terms", "tracing",
+    "walking", "weighting",
 ]  # fmt: skip
 
 

@@ -137,6 +137,22 @@ def jax_state_synced():
     assert values_in_fit(sync=True) == [(4.0, True), (8.0, True)]
 
 
+@private("keras.src.backend.jax.trainer.JAXEpochIterator._get_distributed_iterator", "jax")
+def get_distributed_iterator():
+    asked = []
+
+    class Asked(keras.distribution.DataParallel):
+        def get_data_layout(self, data_shape):
+            asked.append(data_shape)
+            return super().get_data_layout(data_shape)
+
+    with Asked(devices=keras.distribution.list_devices()[:1]).scope():
+        model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+        with keras_internals.layout_of_each_batch():
+            model.predict(np.ones((5, 2)), batch_size=4, verbose=0)
+    assert asked == [(4, 2), (1, 2)]
+
+
 def built_optimizer():
     variables = [keras.Variable(np.ones(2), name=name) for name in ("kernel", "bias")]
     optimizer = dskd_keras.optimizers.SGD(1.0, weight_decay=0.5)
@@ -208,6 +224,7 @@ def test_hooks_override_what_keras_has():
 ELSEWHERE = {
     "_asdict", "_replace",  # named tuples
     "_core", "_reconstruct",  # NumPy's, in torch_weights.py
+    "_exit",  # Python's, of a process
     "_foreach_add", "_foreach_add_", "_foreach_mul", "_foreach_mul_", "_foreach_sub_",  # PyTorch's
     "_schema", "_unsafe_view",  # PyTorch's
 }  # fmt: skip
