@@ -32,16 +32,19 @@ def run_on(dataset, **fields):
     return Run(config, dataset, Console(quiet=True))
 
 
-def cache(dataset, folder, views=3, teacher=None):
+def cache(dataset, folder, views=3, teacher=None, **fields):
     views = cached_targets.fixed_views(dataset, views, "crop_flip")
     teacher = teacher or convnet("teacher", 6)
-    return cached_targets.compute(run_on(dataset), teacher, views, folder)
+    return cached_targets.compute(run_on(dataset, **fields), teacher, views, folder)
 
 
-def test_cached_outputs_are_the_teachers(dataset, tmp_path):
+@pytest.mark.parametrize("layers", [None, ["stage1", "stage2"]])
+def test_cached_outputs_are_the_teachers(dataset, tmp_path, layers):
     teacher = convnet("teacher", 6)
-    distiller = dskd_keras.Distiller(teacher, convnet("student"), ["stage1"])
-    cached = cache(dataset, tmp_path, teacher=teacher)
+    distiller = dskd_keras.Distiller(
+        teacher, convnet("student"), ["stage1", "stage2"], teacher_layer=layers
+    )
+    cached = cache(dataset, tmp_path, teacher=teacher, teacher_layer=layers)
     batches = cached.batches(run_on(dataset), distiller, seed=1)(0)
     assert batches.steps_per_epoch == 3
     seen, given, expected = [], [], []
@@ -52,7 +55,9 @@ def test_cached_outputs_are_the_teachers(dataset, tmp_path):
         expected.append(x)
     # All at once: programs are compiled for every shape.
     expected = distiller.teacher.predict(np.concatenate(expected))
-    for name in ("logits", "features"):
+    assert set(expected) == {"logits", *distiller.teacher.feature_names}
+    assert len(expected) == (2 if layers is None else 3)
+    for name in expected:
         values = np.concatenate([outputs[name] for outputs in given])
         assert values.dtype == np.float16
         # Half precision has eleven binary digits.

@@ -283,10 +283,6 @@ def test_the_final_run_is_on_all_the_training_images(teacher, tmp_path, capsys):
             ["--method", "kd", "--ranges.student_layers", "[[stage1]]"],
             "ranges.student_layers: [['stage1']], but method kd supervises no shallow layers.",
         ),
-        (
-            ["--teacher_layer", "stage2", "stage3", "--cached_views", "2"],
-            "cached_views: 2, but teacher_layer names several layers",
-        ),
         (["--tuner", "grid"], "tuner: 'grid' should be a known name. Choices: hyperband, bayesi"),
         (["--validation_fraction", "0"], "validation_fraction: 0.0, but a search compares"),
         (["--method", "ce", "--cached_views", "2"], "cached_views: 2, but method ce has no"),

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,17 @@ class CachedTargets:
     """Views of the training images with a teacher's logits and feature maps for them.
 
     Every view has two files, `logits-V.npy` `[N, C]` and `features-V.npy` `[N, …]` (channels last),
-    float16 both: 2 · (C + H · W · D) bytes for each view of an image. They are memory-mapped:
-    processes that read them share the pages that the operating system holds of them.
+    float16 both: 2 · (C + H · W · D) bytes for each view of an image. Of several teacher layers
+    each has a file of its own, `features.K-V.npy`. They are memory-mapped: processes that read them
+    share the pages that the operating system holds of them.
     """
 
-    def __init__(self, folder: Path, views: FixedViews):
+    def __init__(self, folder: Path, views: FixedViews, stems: Mapping[str, str]):
         self.views = views
         self._files = [
             {
-                name: np.load(_file(folder, name, view), mmap_mode="r")
-                for name in ("logits", "features")
+                name: np.load(_file(folder, stem, view), mmap_mode="r")
+                for name, stem in stems.items()
             }
             for view in range(views.count)
         ]
@@ -122,16 +123,16 @@ def obtain(run: Run, teacher: keras.Model, views: int) -> CachedTargets:
 def compute(run: Run, teacher: keras.Model, views: FixedViews, folder: Path) -> CachedTargets:
     """Does the work of `obtain` for given views in a given folder."""
     waiting = "Waiting for another process, which runs the teacher."
+    stems = _stems(run.config.teacher_layer)
     with run_folder.claimed("teacher_dir", folder, run.say, waiting):
         missing = [
             view for view in range(views.count) if not _file(folder, "logits", view).exists()
         ]
         if missing:
             frozen = FrozenTeacher(teacher, layer=run.config.teacher_layer)
-            shapes = {
-                "logits": (len(views.images), teacher.outputs[0].shape[-1]),
-                "features": (len(views.images), *frozen.feature_shape),
-            }
+            count = len(views.images)
+            shapes: dict[str, tuple[int, ...]] = {"logits": (count, teacher.outputs[0].shape[-1])}
+            shapes |= {name: (count, *shape) for name, shape in frozen.feature_shapes.items()}
             size = sum(2 * int(np.prod(shape)) for shape in shapes.values())
             _check_room(folder, len(missing), size)
             run.say(
@@ -141,8 +142,8 @@ def compute(run: Run, teacher: keras.Model, views: FixedViews, folder: Path) -> 
             )
             for view in missing:
                 with files.disk_errors_in_one_line(folder):
-                    _compute_view(frozen, views, view, folder, shapes)
-    return CachedTargets(folder, views)
+                    _compute_view(frozen, views, view, folder, shapes, stems)
+    return CachedTargets(folder, views, stems)
 
 
 def _compute_view(
@@ -151,8 +152,9 @@ def _compute_view(
     view: int,
     folder: Path,
     shapes: dict[str, tuple[int, ...]],
+    stems: Mapping[str, str],
 ) -> None:
-    asides = {name: folder / f".{name}.{os.getpid()}.tmp" for name in shapes}
+    asides = {name: folder / f".{stem}.{os.getpid()}.tmp" for name, stem in stems.items()}
     with contextlib.ExitStack() as stack:
         # Written in order: a full disk is an error then, where a memory map would end the process.
         opened = {name: stack.enter_context(open(aside, "wb")) for name, aside in asides.items()}
@@ -175,8 +177,8 @@ def _compute_view(
             file.flush()
             os.fsync(file.fileno())
     # The logits last: their file says that the view is there.
-    for name in ("features", "logits"):
-        asides[name].rename(_file(folder, name, view))
+    for name in sorted(stems, key="logits".__eq__):
+        asides[name].rename(_file(folder, stems[name], view))
 
 
 def _check_room(folder: Path, views: int, size: int) -> None:
@@ -189,5 +191,14 @@ def _check_room(folder: Path, views: int, size: int) -> None:
         )
 
 
-def _file(folder: Path, name: str, view: int) -> Path:
-    return folder / f"{name}-{view:03d}.npy"
+def _stems(layer: list[str] | str | None) -> dict[str, str]:
+    """Returns what the files of each output are called, by its name in `FrozenTeacher`."""
+    if not isinstance(layer, list):
+        return {"logits": "logits", "features": "features"}
+    # Names of nested layers hold slashes.
+    maps = {f"features/{name}": f"features.{k}" for k, name in enumerate(dict.fromkeys(layer))}
+    return {"logits": "logits", **maps}
+
+
+def _file(folder: Path, stem: str, view: int) -> Path:
+    return folder / f"{stem}-{view:03d}.npy"

@@ -158,17 +158,11 @@ class SearchConfig(ExperimentConfig):
                 f"ranges.student_layers: {self.ranges.student_layers}, but method {self.method} "
                 "supervises no shallow layers. Set it to null."
             )
-        if isinstance(self.teacher_layer, list):
-            if self.ranges.student_layers is not None:
-                raise InputError(
-                    "ranges.student_layers: searched, but teacher_layer names a layer for each. "
-                    "Name one for all, or set ranges.student_layers to null."
-                )
-            if self.cached_views:
-                raise InputError(
-                    f"cached_views: {self.cached_views}, but teacher_layer names several layers, "
-                    "and one map of the teacher is cached. Set it to 0, or name one layer."
-                )
+        if isinstance(self.teacher_layer, list) and self.ranges.student_layers is not None:
+            raise InputError(
+                "ranges.student_layers: searched, but teacher_layer names a layer for each. Name "
+                "one for all, or set ranges.student_layers to null."
+            )
         if self.method == "ce" and self.cached_views:
             raise InputError(
                 f"cached_views: {self.cached_views}, but method ce has no teacher. Set it to 0."
