@@ -82,20 +82,24 @@ def main(
     )
     result = {"machine": timing.machine(), "terms": terms._asdict(), "rows": []}
     table = Table(title=f"{epochs} epochs of ImageNet", title_justify="left")
-    names = ("accelerators", "images/s", "hours", "decoding cores", "JPEGs", "gradients", "without")
+    names = (
+        "accelerators", "hosts", "images/s", "hours", "hours without teacher", "cores that decode",
+        "GB/s of JPEGs", "gradients, % of the step",
+    )  # fmt: skip
     for name in names:
         table.add_column(name, justify="right")
     for hosts, devices in ((1, 8), (64, 512)):
         row = project(terms, factor, hosts, devices, epochs, batch_a_device, gigabits)
         result["rows"].append(row)
         table.add_row(
-            f"{devices} on {hosts} host(s)",
+            f"{devices}",
+            f"{hosts}",
             f"{row['images_per_second']:,.0f}",
-            f"{row['hours']:.1f}",
+            f"{row['hours']:.2f}",
+            f"{row['hours_without_teacher']:.2f}",
             f"{row['decoding_cores_a_host']:.0f} a host",
-            f"{row['jpeg_bytes_a_second_and_host'] / 1e9:.2f} GB/s a host",
-            f"{row['gradient_share']:.1%} of the step",
-            f"{row['hours_without_teacher']:.1f} h without teacher",
+            f"{row['jpeg_bytes_a_second_and_host'] / 1e9:.1f} a host",
+            f"{100 * row['gradient_share']:.0f}",
         )
     console.print(table)
     stored = _IMAGES * views
@@ -104,7 +108,7 @@ def main(
         "feature map": stored * terms.feature_map,
     }
     for what, size in result["stored"].items():
-        console.print(f"{what} of {views} views of all images: {size / 1e12:,.2f} TB")
+        console.print(f"{what} of {views} views of all images: {size / 1e9:,.1f} GB")
     timing.write_json(json_file, result)
 
 
@@ -137,7 +141,9 @@ def _measure(batch_size, rounds, steps, console):
     from benchmarks.stream import make_folder
     from dskd_keras import data
 
-    teacher = dskd_keras.fold_batch_norm(keras.applications.ResNet50(weights=None))
+    teacher = dskd_keras.fold_batch_norm(
+        keras.applications.ResNet50(weights=None, classifier_activation=None)
+    )
     student = keras.applications.MobileNetV2(weights=None, classifier_activation=None)
     parameters = sum(int(np.prod(weight.shape)) for weight in student.trainable_variables)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

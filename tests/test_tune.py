@@ -113,9 +113,9 @@ def parts(monkeypatch):
     seen, training_now = [], []
     evaluation_batches, train_student = training.evaluation_batches, training.train
 
-    def noted(dataset, part):
+    def noted(dataset, part, *more):
         seen.extend([part] if training_now else [])
-        return evaluation_batches(dataset, part)
+        return evaluation_batches(dataset, part, *more)
 
     def trained(*args, **kwargs):
         training_now.append(True)
