@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -12,11 +13,27 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from dskd_keras.data import streams
 from dskd_keras.data.plans import Batch, Plan
 from dskd_keras.errors import TrainingError
 
 # Batches that are being made or wait, for each worker.
 _AHEAD = 2
+
+
+@dataclasses.dataclass
+class _Batch:
+    """A batch that is being made.
+
+    Attributes:
+        index: Its index.
+        pixels: Its images as bytes, which one of the workers makes.
+        inputs: What the model takes: four times as large, so only the next batch has it ahead.
+    """
+
+    index: int
+    pixels: "Future[Batch]"
+    inputs: "Future[Batch] | None" = None
 
 
 class Prefetched:
@@ -36,7 +53,7 @@ class Prefetched:
         self._workers = workers
         self._makers: Executor | None = None
         self._finisher: Executor | None = None
-        self._ahead: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
+        self._ahead: collections.deque[_Batch] = collections.deque()
 
     def __getitem__(self, index: int) -> Batch:
         """Returns batch `index`.
@@ -45,15 +62,17 @@ class Prefetched:
             InputError: A file is no image.
             TrainingError: A process was killed.
         """
-        if not self._ahead or self._ahead[0][0] != index:
+        if not self._ahead or self._ahead[0].index != index:
             self._drop()
             self._submit(index)
-        _, batch = self._ahead.popleft()
-        while len(self._ahead) < _AHEAD * max(1, self._workers):
-            last = self._ahead[-1][0] if self._ahead else index
+        batch = self._ahead.popleft()
+        while len(self._ahead) < _AHEAD * (self._workers or streams.cores()):
+            last = self._ahead[-1].index if self._ahead else index
             self._submit((last + 1) % self._length if self._length else last + 1)
+        inputs = self._inputs(batch)
+        self._inputs(self._ahead[0])
         try:
-            return batch.result()
+            return inputs.result()
         except BrokenProcessPool as error:
             self.close()
             raise TrainingError(
@@ -71,8 +90,8 @@ class Prefetched:
         self._makers = self._finisher = None
 
     def _drop(self) -> None:
-        for _, batch in self._ahead:
-            batch.cancel()
+        for batch in self._ahead:
+            batch.pixels.cancel()
         self._ahead.clear()
 
     def _submit(self, index: int) -> None:
@@ -85,17 +104,22 @@ class Prefetched:
                     self._workers, spawning, initializer=_prepare_process, initargs=(self._plan,)
                 )
             else:
-                self._makers = ThreadPoolExecutor()
-        assert self._finisher is not None
+                self._makers = ThreadPoolExecutor(streams.cores())
         if self._workers:
             with _without_keras():
                 made = self._makers.submit(_make, index)
         else:
             made = self._makers.submit(self._plan.pixels, index)
-        self._ahead.append((index, self._finisher.submit(self._finish, made)))
+        self._ahead.append(_Batch(index, made))
 
-    def _finish(self, made: "Future[Batch]") -> Batch:
-        images, labels = made.result()
+    def _inputs(self, batch: _Batch) -> "Future[Batch]":
+        if batch.inputs is None:
+            assert self._finisher is not None
+            batch.inputs = self._finisher.submit(self._finish, batch.pixels)
+        return batch.inputs
+
+    def _finish(self, pixels: "Future[Batch]") -> Batch:
+        images, labels = pixels.result()
         return self._plan.to_input(images), labels
 
 

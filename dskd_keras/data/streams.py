@@ -225,7 +225,13 @@ def decode(file: BinaryIO, name: str, channels: int = 3) -> np.ndarray:
 
 def default_workers() -> int:
     """Returns a number of processes: a core is left to the model, and 16 are enough for most."""
-    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+    return max(1, min(_MOST_WORKERS, cores() - 1))
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def open_stream(encoded: Encoded, image_size: int | None, channels: int = 3) -> ImageStream:
