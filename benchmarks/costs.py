@@ -9,7 +9,6 @@ An accelerator is taken to be faster than this processor by the same factor for 
 It is the factor between `--tflops` and what this processor reaches with the teacher.
 """
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from dskd_commands import startup
 
 # ImageNet's training images: their number and their mean size in bytes.
 _IMAGES, _JPEG_BYTES = 1_281_167, 112_000
@@ -68,9 +66,7 @@ def main(
         backend: tensorflow, jax or torch. Default: KERAS_BACKEND.
         json_file: Where to write the results too.
     """
-    if backend is not None:
-        os.environ["KERAS_BACKEND"] = backend
-    startup.set_tensorflow_options()
+    timing.set_backend(backend)
     console = Console(width=100)
     terms = _measure(batch_size, rounds, steps, console)
     factor = tflops * 1e12 * terms.teacher / _TEACHER_FLOP

@@ -8,7 +8,6 @@ is not varied is that of the pair, with 32×32 images of 100 classes.
 """
 
 import dataclasses
-import os
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
@@ -16,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from dskd_commands import startup
 
 
 def main(
@@ -45,9 +43,7 @@ def main(
         steps: Steps each time.
         json_file: Where to write the results too.
     """
-    if backend is not None:
-        os.environ["KERAS_BACKEND"] = backend
-    startup.set_tensorflow_options()
+    timing.set_backend(backend)
     # Keras reads its backend when it is imported.
     import keras
 

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from dskd_commands import startup
 
 # What is timed, by name: a method of `contenders.Pair` and its arguments. "half" is the dtype of
 # the command line.
@@ -96,9 +95,7 @@ def main(
         only: What to time, by the names in the table, with "; " between them. Default: all.
         json_file: Where to write the results too.
     """
-    if backend is not None:
-        os.environ["KERAS_BACKEND"] = backend
-    startup.set_tensorflow_options()
+    timing.set_backend(backend)
     # Keras reads its backend when it is imported.
     import keras
 

@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from dskd_commands import startup
 
 _WIDTH, _HEIGHT = 500, 375
 _CLASSES = 10
@@ -62,9 +61,7 @@ def main(
         backend: tensorflow, jax or torch. Default: KERAS_BACKEND.
         json_file: Where to write the results too.
     """
-    if backend is not None:
-        os.environ["KERAS_BACKEND"] = backend
-    startup.set_tensorflow_options()
+    timing.set_backend(backend)
     console = Console(width=100)
     result = {"machine": timing.machine(), "image_size": image_size, "workers": workers}
     with tempfile.TemporaryDirectory() as folder:

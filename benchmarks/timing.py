@@ -12,14 +12,17 @@ from typing import Literal
 import jsonargparse
 import numpy as np
 
+# First of this project: it keeps Keras from being imported before the backend is chosen.
+from dskd_commands import startup  # isort: split
+
+from dskd_keras.answering import answer
+from dskd_keras.errors import InputError
+
 Backend = Literal["tensorflow", "jax", "torch"]
 
 
 def run_command(main):
     """Runs a benchmark with the arguments of the command line; says what is wrong in one line."""
-    # Not imported above: Keras, which it imports elsewhere, reads its backend then.
-    from dskd_keras.answering import answer
-    from dskd_keras.errors import InputError
 
     def work():
         try:
@@ -28,6 +31,13 @@ def run_command(main):
             raise InputError(" ".join(str(error).split())) from None
 
     sys.exit(answer(work))
+
+
+def set_backend(backend):
+    """Sets what Keras reads when it is imported: the backend, if one is named, and its options."""
+    if backend is not None:
+        os.environ["KERAS_BACKEND"] = backend
+    startup.set_tensorflow_options()
 
 
 def in_turn(contenders, rounds, steps, say):

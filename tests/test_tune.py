@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import filelock
@@ -415,11 +416,18 @@ def test_a_worker_is_killed_and_the_search_has_all_trials(teacher, tmp_path, cap
 
     def kill(self):
         # In a trial: one has ended, and there are more than workers.
-        trial = self.oracle.ongoing_trials.get("worker-1")
-        if trial is not None and self.oracle.ended() and not killed:
-            killed.append(trial.trial_id)
-            os.kill(self._processes["worker-1"].pid, signal.SIGKILL)
-            self._processes["worker-1"].wait()
+        ongoing = self.oracle.ongoing_trials
+        if "worker-1" in ongoing and self.oracle.ended() and not killed:
+            process = self._processes["worker-1"]
+            process.send_signal(signal.SIGSTOP)
+            # It asks nothing any more, and what it has asked is answered: its trial is this one.
+            time.sleep(0.5)
+            if (trial := ongoing.get("worker-1")) is None:
+                process.send_signal(signal.SIGCONT)
+            else:
+                killed.append(trial.trial_id)
+                process.kill()
+                process.wait()
         replace_dead(self)
 
     monkeypatch.setattr(workers.Chief, "replace_dead", kill)

@@ -173,7 +173,7 @@ class SearchConfig(ExperimentConfig):
         # A chief hands out trials: its machine need not have the data.
         if "chief" in os.environ.get("KERASTUNER_TUNER_ID", ""):
             return
-        kinds.kind(self.dataset)
+        kinds.check_stream(self.dataset, self.stream)
         if not (self.search_folder() / "search.json").exists():
             self.check_teacher_file()
 
