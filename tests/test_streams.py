@@ -281,12 +281,16 @@ def test_a_damaged_image_is_named(folder, tmp_path, workers):
     batches.close()
 
 
-def test_a_decoding_process_that_is_killed_ends_the_training_in_one_line(folder):
+@pytest.mark.parametrize("noticed", ["by its batch", "by the next submission"])
+def test_a_decoding_process_that_is_killed_ends_the_training_in_one_line(folder, noticed):
     stream = data.load(folder, stream=True, stream_workers=1)
     batches = training(stream)
     batches[0]
     (process,) = batches._made._makers._processes.values()
     os.kill(process.pid, signal.SIGKILL)
+    if noticed == "by the next submission":
+        # The pool knows of it before it is asked for another batch.
+        batches._made._makers._executor_manager_thread.join()
     with pytest.raises(TrainingError, match=r"^stream: a process .* has ended\..*stream_workers"):
         for index in range(1, 9):
             batches[index]

@@ -62,17 +62,8 @@ class Prefetched:
             InputError: A file is no image.
             TrainingError: A process was killed.
         """
-        if not self._ahead or self._ahead[0].index != index:
-            self._drop()
-            self._submit(index)
-        batch = self._ahead.popleft()
-        while len(self._ahead) < _AHEAD * (self._workers or streams.cores()):
-            last = self._ahead[-1].index if self._ahead else index
-            self._submit((last + 1) % self._length if self._length else last + 1)
-        inputs = self._inputs(batch)
-        self._inputs(self._ahead[0])
         try:
-            return inputs.result()
+            return self._made(index).result()
         except BrokenProcessPool as error:
             self.close()
             raise TrainingError(
@@ -88,6 +79,18 @@ class Prefetched:
             if executor is not None:
                 executor.shutdown(cancel_futures=True)
         self._makers = self._finisher = None
+
+    def _made(self, index: int) -> "Future[Batch]":
+        if not self._ahead or self._ahead[0].index != index:
+            self._drop()
+            self._submit(index)
+        batch = self._ahead.popleft()
+        while len(self._ahead) < _AHEAD * (self._workers or streams.cores()):
+            last = self._ahead[-1].index if self._ahead else index
+            self._submit((last + 1) % self._length if self._length else last + 1)
+        inputs = self._inputs(batch)
+        self._inputs(self._ahead[0])
+        return inputs
 
     def _drop(self) -> None:
         for batch in self._ahead:
