@@ -198,7 +198,13 @@ def main(folder):
     status.append(command(folder, "two", "--devices", "2"))
     stop_after(3)
     status.append(command(folder, "two", "--resume", "--devices", "1"))
-    status.append(command(folder, "two", "--resume", "--devices", "2"))
+    device = ["--augment_on", "device"]
+    together = ["--steps_per_execution", "3"]
+    if TENSORFLOW:
+        status.append(command(folder, "two", "--resume", "--devices", "2", *together))
+    else:
+        device += together
+    status.append(command(folder, "two", "--resume", "--devices", "2", *device))
     found["status"] = status
     found["run on one"], found["run on two"] = outcome(folder / "one"), outcome(folder / "two")
     (folder / "found.json").write_text(json.dumps(found))

@@ -18,6 +18,7 @@ from dskd_keras.data import arrays, kinds
 from dskd_keras.data.batches import EvaluationBatches, TrainingBatches
 from dskd_keras.data.pixels import normalize
 from dskd_keras.errors import InputError
+from dskd_keras.experiment import device_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,25 @@ def test_channels_first_is_the_same_batch_transposed(channels_last):
     result = training_batches()[0][0]
     assert result.shape == (4, 3, 8, 8)
     np.testing.assert_array_equal(result.transpose(0, 2, 3, 1), expected)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("augmentation", ["crop_flip", "crop", "none"])
+def test_a_device_makes_the_bits_of_the_host(augmentation, layout, channels_last):
+    keras.config.set_image_data_format(layout)
+    x = np.random.default_rng(0).integers(0, 256, (50, 10, 8, 3), dtype=np.uint8)
+    dataset = SimpleNamespace(x_train=x, mean=MEAN, std=STD)
+    arguments = (x, np.arange(50), 16, 3, MEAN, STD, augmentation)
+    host, moved = TrainingBatches(*arguments), device_images.MovedBatches(*arguments)
+    device = device_images.DeviceImages(dataset)
+    for index in range(6):
+        (made_by, labels), (images, expected_labels) = moved[index], host[index]
+        made = device(made_by)
+        assert keras.backend.standardize_dtype(made.dtype) == "float32"
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(made), images)
+        np.testing.assert_array_equal(labels, expected_labels)
+        # What goes to the device in a step: 13 bytes an image, and its label.
+        assert sum(part.nbytes for part in made_by.values()) == 13 * len(labels)
 
 
 def test_evaluation_batches_are_finite_in_order_and_unchanged(channels_last):

@@ -55,8 +55,10 @@ def test_two_devices_train_as_one_does(found, one, two):
 
 @several
 def test_a_run_goes_on_with_another_number_of_devices(found):
-    # Stopped within an epoch on two, between two epochs on one, and ended on two.
-    assert found["status"] == [0, 143, 143, 0]
+    # Stopped within an epoch on two, between two epochs on one, and ended on two, with the images
+    # on both. TensorFlow's replicas take steps one by one.
+    refused = [2] if BACKEND == "tensorflow" else []
+    assert found["status"] == [0, 143, 143, *refused, 0]
     assert "Continuing after epoch 0 of 2, step 2 of 3" in found["said"]
     assert "Continuing after epoch 1 of 2." in found["said"]
     assert_close(found["run on one"], found["run on two"])

@@ -517,6 +517,10 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
         (["--dataset", "digitz"], "digits"),
         (["--dataset", "./nothing.npz"], "nothing.npz"),
         (["--train_examples", "1000"], "train_examples"),
+        (
+            ["--augment_on", "device", "--augmentation", "resized_crop_flip"],
+            "augment_on: device, but augmentation is resized_crop_flip, which resizes",
+        ),
         (["--checkpoint_steps", "0"], "checkpoint_steps: 0 should be a whole number of at least 1"),
         (
             ["--export", "tflite"],
@@ -529,6 +533,12 @@ def test_bad_input_is_one_line_before_training(images, tmp_path, capsys, flags, 
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
     assert not (tmp_path / "teachers").exists()
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras has no such steps there")
+def test_steps_that_would_run_over_an_epochs_end_are_refused(images, tmp_path, capsys):
+    assert command(images, tmp_path, "--steps_per_execution", "7") == 2
+    assert capsys.readouterr().err.startswith("error: steps_per_execution: 7, but an epoch has ")
 
 
 def test_bad_backends(tmp_path):

@@ -223,6 +223,22 @@ def test_a_signal_stops_after_the_step_and_loses_none(
     assert outcome(folder) == finished[1]
 
 
+def test_images_on_the_device_go_on_to_the_bits_of_those_of_the_host(
+    finished, images, tmp_path, monkeypatch, capsys
+):
+    # The teacher is trained from the device too, and one of the student's epochs from the host.
+    device = ["--augment_on", "device", "--resume"]
+    # On PyTorch Keras runs single steps. Of two steps together a stop waits for the second.
+    together = [] if BACKEND == "torch" else ["--steps_per_execution", "2"]
+    after_steps(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for more in (device, [*device, *together], [], [*device, *together]):
+        status = command(images, tmp_path, *more)
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "Continuing after epoch 1 of 3, step 2 of 4" in printed
+    assert outcome(tmp_path) == finished[1]
+
+
 @pytest.mark.slow
 def test_half_precision_goes_on_to_the_same_bits(begun, images, monkeypatch, tmp_path_factory):
     # float16 has the scale of the loss to remember, which grows and shrinks with the steps.

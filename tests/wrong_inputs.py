@@ -239,6 +239,9 @@ def numbers():
         ("image_size", "100000", "image_size: 100000 should be a whole number from 1 to"),
         ("train_examples", big, f"train_examples: {big} should be"),
         ("checkpoint_steps", big, f"checkpoint_steps: {big} should be"),
+        ("steps_per_execution", "0", "steps_per_execution: 0 should be a whole number"),
+        ("steps_per_execution", "2", "steps_per_execution: 2, but Keras runs steps one by one on"),
+        ("augment_on", "gpu", "augment_on: 'gpu' should be a known name. Choices: host, device"),
         ("teacher_epochs", big, f"teacher_epochs: {big} should be"),
         ("teacher_seed", str(2**32), f"teacher_seed: {2**32} should be a whole number from 0 to"),
         ("seeds", str(2**32), f"seeds: [{2**32}] should be different whole numbers from 0 to"),
@@ -527,6 +530,7 @@ def searches():
     tune = functools.partial(Case, command="tune")
     for argv, says in (
         (("--ranges.student_layers", "[[stage1]]"), "ranges.student_layers: [['stage1']], but met"),
+        (("--augment_on", "device"), "augment_on: device, but a search makes its batches on the"),
         (("--search_seed", str(2**32)), f"search_seed: {2**32} should be a whole number from 0 to"),
         (("--search_seed", str(2**32 - 1)), "search_seed: 4294967295 should be a whole number"),
         (("--max_trials", "9" * 21), "max_trials: "),

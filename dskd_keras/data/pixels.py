@@ -98,6 +98,23 @@ class Augmentation:
         """Whether the images are wanted as they are stored: as large, and of any size."""
         return self._windows is not None
 
+    def moves(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns how images of one size are moved and mirrored, where nothing else is done.
+
+        Args:
+            drawn: Which of the N draws are for them, int `[B]`.
+
+        Returns:
+            `(corners, flipped)`: the row and the column of each image at which what is returned of
+            it begins, int32 `[B, 2]`, negative in the padding; and whether that is mirrored, bool
+            `[B]`.
+        """
+        corners = np.zeros((len(drawn), 2), np.int32)
+        if self._corners is not None:
+            corners = self._corners[:, drawn].T.astype(np.int32) - PADDING
+        flipped = np.zeros(len(drawn), bool) if self._flipped is None else self._flipped[drawn]
+        return corners, flipped
+
     def __call__(
         self, images: Sequence[np.ndarray] | np.ndarray, drawn: np.ndarray, size: tuple[int, int]
     ) -> np.ndarray:

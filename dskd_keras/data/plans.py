@@ -78,13 +78,34 @@ class TrainingPlan(Plan):
 
     def pixels(self, index: int) -> Batch:
         """Returns batch `index`, counted from `first_batch`."""
+        chosen, augmentation, rows = self._drawn(index)
+        images = augmented(self.images, chosen, augmentation, rows)
+        return images, self.labels[chosen]
+
+    def moves(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns what batch `index` is made by, where that is done elsewhere, and its labels.
+
+        The dict holds `images`, their indices, int32 `[B]`, and what `Augmentation.moves` returns:
+        `corners`, int32 `[B, 2]`, and `flipped`, as 0 or 1, uint8 `[B]`: numbers all, since Keras
+        takes means over the replicas of `tf.distribute`.
+        """
+        chosen, augmentation, rows = self._drawn(index)
+        corners, flipped = augmentation.moves(rows)
+        made_by = {
+            "images": chosen.astype(np.int32),
+            "corners": corners,
+            "flipped": flipped.astype(np.uint8),
+        }
+        return made_by, self.labels[chosen]
+
+    def _drawn(self, index: int) -> tuple[np.ndarray, Augmentation, np.ndarray]:
+        """Returns the images of batch `index`, and an augmentation with which draws are theirs."""
         epoch, step, chosen = self.place(index)
         rng = np.random.default_rng([self.seed, epoch, step + 1])
         # Drawn for the whole batch: a part sees what the whole would have.
         augmentation = Augmentation(self.augmentation, len(chosen), rng)
         rows = np.arange(len(chosen))[self.rows(len(chosen))]
-        images = augmented(self.images, chosen[rows], augmentation, rows)
-        return images, self.labels[chosen[rows]]
+        return chosen[rows], augmentation, rows
 
     def size(self, index: int) -> int:
         """Returns how many images batch `index` has, counted from `first_batch`."""

@@ -8,6 +8,7 @@ from rich.console import Console
 from dskd_keras import data, heads, losses, models, weighting
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
+from dskd_keras.experiment import device_images
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
 from dskd_keras.models import catalog, zoo
@@ -108,12 +109,24 @@ def distiller_settings(config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
-def distiller(run: Run, teacher: keras.Model | None, student: keras.Model) -> Distiller:
-    """Returns the configured distiller of two models."""
+def distiller(
+    run: Run, teacher: keras.Model | None, student: keras.Model, to_train: bool = False
+) -> Distiller:
+    """Returns the configured distiller of two models.
+
+    Args:
+        run: The configuration and its images.
+        teacher: None where the method needs none.
+        student: A new one.
+        to_train: With the training images, where they are to lie on the device.
+    """
     settings = distiller_settings(run.config)
     # Under study: what loses there goes, what wins gets a name of its own.
     if settings["head"] == "teacher_classifier":
         settings["head"] = heads.TeacherClassifierHead(teacher)
     if settings["prediction_loss"] == "kl_divergence_with_labels":
         settings["prediction_loss"] = losses.KLDivergenceWithLabels(run.config.temperature)
+    if to_train and run.config.augment_on == "device":
+        images = device_images.DeviceImages(run.dataset)
+        return device_images.DeviceDistiller(teacher, student, images=images, **settings)
     return Distiller(teacher, student, **settings)

@@ -181,6 +181,11 @@ class Checkpointer(keras.callbacks.Callback):
         self._stop = stop
         self._record = record
         self._epoch = 0
+        self._saved = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Notes the steps that were done before."""
+        self._saved = self.steps(getattr(self.model, "resumed_at", Place()))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes the epoch."""
@@ -192,7 +197,9 @@ class Checkpointer(keras.callbacks.Callback):
         # The end of the epoch's last step is the end of the epoch, evaluation included.
         if place.step == self._steps_per_epoch:
             return
-        if self._stop.signum is not None or self.steps(place) % self._every == 0:
+        # Several steps may have run together.
+        due = self.steps(place) // self._every > self._saved // self._every
+        if due or self._stop.signum is not None:
             self._save(place)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -231,6 +238,7 @@ class Checkpointer(keras.callbacks.Callback):
             notes,
         )
         self._folder.save(self.steps(place), checkpoint)
+        self._saved = self.steps(place)
         if self._stop.signum is not None:
             raise Interrupted(self._stop.signum)
 

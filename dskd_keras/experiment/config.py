@@ -59,6 +59,9 @@ class ExperimentConfig:
             there are cores, and at most 16.
         augmentation: auto is what suits the data set: crop_flip, or crop where a mirror image is
             another class; resized_crop_flip from 128 pixels a side on.
+        augment_on: Where batches are made. With device all training images lie in the memory of the
+            accelerator, where the training step crops and mirrors them: the same bits, and nothing
+            is copied in a step. For sets that fit there.
         student_layers: The student's shallow layers that dskd supervises; auto is the last one of
             each resolution before the last.
         teacher_layer: The teacher's layer that supervises them, or one for each of them. Default:
@@ -85,6 +88,9 @@ class ExperimentConfig:
         batch_size: Images in a step, on all devices together.
         devices: How many train together, each a share of every batch; all is all that there are.
             TensorFlow and JAX alone.
+        steps_per_execution: Steps that Keras runs together, between which nothing returns to Python
+            on TensorFlow, and no loss on JAX. It has to divide the steps of an epoch; PyTorch
+            knows 1 alone.
         learning_rate: Of the student, at the start.
         schedule: step multiplies the rate by decay_factor at each of decay_at, cosine takes it
             to zero.
@@ -128,6 +134,7 @@ class ExperimentConfig:
     stream: bool | None = None
     stream_workers: int | None = None
     augmentation: Literal["auto", "crop_flip", "crop", "resized_crop_flip", "none"] = "auto"
+    augment_on: Literal["host", "device"] = "host"
     student_layers: list[str] = dataclasses.field(default_factory=lambda: ["stage1", "stage2"])
     teacher_layer: list[str] | str | None = None
     temperature: float = 4.0
@@ -145,6 +152,7 @@ class ExperimentConfig:
     epochs: int = 240
     batch_size: int = 64
     devices: int | str = 1
+    steps_per_execution: int = 1
     learning_rate: float = 0.05
     schedule: Literal["step", "cosine"] = "step"
     decay_at: list[float] = dataclasses.field(default_factory=lambda: [0.625, 0.75, 0.875])
@@ -171,8 +179,9 @@ class ExperimentConfig:
         for field in ("teacher", "student"):
             catalog.check_name(field, getattr(self, field))
         self.check_whole(
-            1, "epochs", "batch_size", "train_examples", "teacher_epochs", "checkpoint_steps"
-        )
+            1, "epochs", "batch_size", "train_examples", "teacher_epochs", "checkpoint_steps",
+            "steps_per_execution",
+        )  # fmt: skip
         self.check_whole(1, "image_size", most=_MOST_PIXELS)
         if self.devices != ALL:
             if isinstance(self.devices, str):

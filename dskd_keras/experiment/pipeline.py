@@ -42,6 +42,7 @@ def run(
     found = devices.find(config)
     run = Run(config, build.load_data(config, console), console, command, found)
     devices.check_batches(found, run.dataset, config)
+    training.check_steps(run)
     # Builds everything once: what doesn't fit is said before a teacher trains for hours.
     built = build.distiller(run, build.create_teacher(run), build.create_student(run))
     if built.teacher_layer is not None and built.student_layers:

@@ -13,11 +13,11 @@ from dskd_keras.errors import InputError
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.report.run_result import RunResult
 
-# Fields that say where things are, which runs to make and what to leave, and on how many devices
-# the same numbers are computed but for rounding; the rest shapes the numbers of a run.
+# Fields that say where things are, which runs to make and what to leave, and where
+# and how the same numbers are computed but for rounding; the rest shapes the numbers of a run.
 _NO_NUMBERS = (
     "pair", "data_dir", "run_dir", "teacher_dir", "seeds", "export", "resume", "checkpoint_steps",
-    "stream_workers", "devices",
+    "stream_workers", "augment_on", "devices", "steps_per_execution",
 )  # fmt: skip
 # What a run did that was made before a field was there.
 _BEFORE = {

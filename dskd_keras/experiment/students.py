@@ -96,7 +96,7 @@ def _untrained(run: Run, teacher: keras.Model | None, seed: int) -> Distiller:
     keras.utils.set_random_seed(seed)
     model = None if teacher is None else run.devices.copied(teacher)
     keras.utils.set_random_seed(seed)
-    return build.distiller(run, model, build.create_student(run))
+    return build.distiller(run, model, build.create_student(run), to_train=True)
 
 
 def follow(run: Run, seed: int) -> None:

@@ -164,7 +164,7 @@ def _training_run(run: Run) -> Run:
 
 def _untrained(run: Run) -> Distiller:
     keras.utils.set_random_seed(run.config.teacher_seed)
-    return build.distiller(run, None, build.create_student(run))
+    return build.distiller(run, None, build.create_student(run), to_train=True)
 
 
 def follow(run: Run) -> None:

@@ -16,6 +16,7 @@ from dskd_keras import data, files
 from dskd_keras.callbacks import FadeOut, StopOnNonFiniteLoss, TensorBoardScalars, Throughput
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
+from dskd_keras.experiment import device_images
 from dskd_keras.experiment.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -23,6 +24,7 @@ from dskd_keras.experiment.checkpoints import (
     Restorer,
 )
 from dskd_keras.experiment.config import ExperimentConfig
+from dskd_keras.experiment.device_images import MovedBatches
 from dskd_keras.experiment.devices import Devices
 from dskd_keras.experiment.interruption import StopRequest
 from dskd_keras.experiment.run import Run
@@ -143,7 +145,11 @@ def _plan(run: Run, distiller: Distiller, batches: BatchesFrom) -> _Plan:
     steps = batches(0).steps_per_epoch
     part = "test" if run.dataset.x_validation is None else "validation"
     held_out = evaluation_batches(run.dataset, part, run.devices)
-    distiller.compile(optimizer(config, steps * config.epochs), **compile_options())
+    distiller.compile(
+        optimizer(config, steps * config.epochs),
+        steps_per_execution=config.steps_per_execution,
+        **compile_options(),
+    )
     restorer = Restorer()
     callbacks = [restorer, StopOnNonFiniteLoss()]
     if config.deep_supervision < 1 and config.method == "dskd":
@@ -320,6 +326,36 @@ def augmentation(run: Run) -> str:
     return run.dataset.augmentation if configured == "auto" else configured
 
 
+def check_steps(run: Run) -> None:
+    """Raises `InputError` where steps can't run as, or where, they are configured to."""
+    config = run.config
+    if config.augment_on == "device":
+        device_images.check(run.dataset, augmentation(run))
+    together = config.steps_per_execution
+    if together == 1:
+        return
+    if keras.backend.backend() == "torch":
+        raise InputError(
+            f"steps_per_execution: {together}, but Keras runs steps one by one on PyTorch. Set it "
+            "to 1, or set KERAS_BACKEND to jax or tensorflow."
+        )
+    if keras.backend.backend() == "tensorflow" and run.devices.count > 1:
+        # Keras's loop over the steps has conditions within, at which the replicas' program fails.
+        raise InputError(
+            f"steps_per_execution: {together}, but on TensorFlow {run.devices.count} devices run "
+            "steps one by one. Set it to 1, or devices to 1."
+        )
+    # Keras would run on into the next epoch.
+    steps = training_batches(run, 0).steps_per_epoch
+    if steps % together:
+        divisors = [number for number in range(1, steps + 1) if steps % number == 0]
+        near = sorted(divisors, key=lambda number: abs(number - together))[:3]
+        raise InputError(
+            f"steps_per_execution: {together}, but an epoch has {steps} steps. Take "
+            f"{' or '.join(map(str, sorted(near)))}, which divide them, or another batch_size."
+        )
+
+
 def evaluation_batches(
     dataset: data.ImageDataset, part: str, devices: Devices | None = None
 ) -> data.EvaluationBatches:
@@ -338,7 +374,8 @@ def evaluation_batches(
 def training_batches(run: Run, seed: int, first_batch: int = 0) -> data.TrainingBatches:
     """Returns the augmented batches of a training run, from one of them on."""
     dataset = run.dataset
-    return data.TrainingBatches(
+    on_device = run.config.augment_on == "device"
+    return (MovedBatches if on_device else data.TrainingBatches)(
         dataset.x_train,
         dataset.y_train,
         run.config.batch_size,

@@ -153,6 +153,11 @@ class SearchConfig(ExperimentConfig):
                 f"devices: {self.devices}, but a search runs each trial on one device. Set it to "
                 "1, and start more workers to use more devices."
             )
+        if self.augment_on != "host":
+            raise InputError(
+                f"augment_on: {self.augment_on}, but a search makes its batches on the host. Set "
+                "it to host, and cached_views to the number of views that are made once."
+            )
         if self.method != "dskd" and self.ranges.student_layers is not None:
             raise InputError(
                 f"ranges.student_layers: {self.ranges.student_layers}, but method {self.method} "
