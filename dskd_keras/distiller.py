@@ -14,6 +14,7 @@ from keras import ops
 from dskd_keras import (
     coefficients,
     freezing,
+    fused_normalization,
     graph,
     heads,
     keras_internals,
@@ -358,7 +359,8 @@ class Distiller(keras.Model):
         """Returns the student's logits or outputs; with `training=True` its `heads.Outputs`."""
         inputs = self._of_student(inputs)
         if training:
-            return self.student_with_heads(inputs, training=True)
+            with fused_normalization.fused():
+                return self.student_with_heads(inputs, training=True)
         outputs = self.student(inputs, training=False)
         return keras.tree.flatten(outputs)[0] if self._output.is_alone else outputs
 

@@ -17,9 +17,9 @@ FLOORS = {
     ),
     "method": (
         "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
-        "freezing", "graph", "heads", "inputs", "keras_internals", "labels", "layer_table",
-        "losses", "maps", "naming", "objective", "optimizers", "pairing", "replicas", "teacher",
-        "term_means", "terms", "tracing", "walking", "weighting",
+        "freezing", "fused_normalization", "graph", "heads", "inputs", "keras_internals", "labels",
+        "layer_table", "losses", "maps", "naming", "objective", "optimizers", "pairing", "replicas",
+        "teacher", "term_means", "terms", "tracing", "walking", "weighting",
     ),
     "parts": ("callbacks", "data", "drawing", "export", "models"),
     "report": ("report",),

@@ -21,9 +21,9 @@ ROOT = Path(dskd_keras.__file__).parent.parent
 GROUND = ["_lazy", "checks", "errors", "progress"]
 CORE = [
     "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
-    "freezing", "graph", "heads", "inputs", "keras_internals", "labels", "losses", "maps", "naming",
-    "objective", "optimizers", "pairing", "replicas", "teacher", "term_means", "terms", "tracing",
-    "walking", "weighting",
+    "freezing", "fused_normalization", "graph", "heads", "inputs", "keras_internals", "labels",
+    "losses", "maps", "naming", "objective", "optimizers", "pairing", "replicas", "teacher",
+    "term_means", "terms", "tracing", "walking", "weighting",
 ]  # fmt: skip
 
 
