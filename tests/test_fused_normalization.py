@@ -1,4 +1,4 @@
-"""TensorFlow's fused kernel gives the numbers of Keras's batch normalisation, and is taken."""
+"""The fused kernels give the numbers of Keras's batch normalisation, and are taken."""
 
 import keras
 import numpy as np
@@ -8,9 +8,8 @@ import small
 import dskd_keras
 from dskd_keras.fused_normalization import fused
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="other backends have no such kernel"
-)
+BACKEND = keras.backend.backend()
+pytestmark = pytest.mark.skipif(BACKEND == "jax", reason="JAX has no such kernel")
 EPSILON, MOMENTUM = 1e-2, 0.8
 SHAPE = (6, 5, 4, 3)
 
@@ -20,48 +19,64 @@ def arrays(shape=SHAPE):
     return 3 * rng.standard_normal(shape) + 2, rng.standard_normal(shape)
 
 
-def trained(layer, x, gradient, how="graph", mask=None):
+def trained(layer, x, gradient, how="graph"):
     """The outputs, the gradients by the input and the weights, and the moving statistics."""
-    import tensorflow as tf
+    parameters = [variable.value for variable in layer.trainable_variables]
+    if BACKEND == "torch":
+        import torch
 
-    x = tf.constant(x, layer.compute_dtype)
+        x = torch.tensor(x, dtype=getattr(torch, layer.compute_dtype), requires_grad=True)
+        y = layer(x, training=True)
+        total = (y.float() * torch.tensor(gradient)).sum()
+        results = [y, *torch.autograd.grad(total, [x, *parameters])]
+        results = [value.detach().float().numpy().astype("float64") for value in results]
+    else:
+        import tensorflow as tf
 
-    def step(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True, mask=mask)
-            total = tf.reduce_sum(tf.cast(y, "float32") * gradient)
-        trainable = [variable.value for variable in layer.trainable_variables]
-        return y, *tape.gradient(total, [x, *trainable])
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+                total = tf.reduce_sum(tf.cast(y, "float32") * gradient)
+            return y, *tape.gradient(total, [x, *parameters])
 
-    if how != "eager":
-        step = tf.function(step, jit_compile=how == "XLA")
-    results = [value.numpy().astype("float64") for value in step(x)]
-    return [*results, *(np.array(value) for value in layer.non_trainable_variables)]
+        if how != "eager":
+            step = tf.function(step, jit_compile=how == "XLA")
+        x = tf.constant(x, layer.compute_dtype)
+        results = [value.numpy().astype("float64") for value in step(x)]
+    return [*results, *map(keras.ops.convert_to_numpy, layer.non_trainable_variables)]
 
 
-def made(**options):
+def made(shape=SHAPE, **options):
     """A layer whose weights and statistics are not at their start."""
     layer = keras.layers.BatchNormalization(epsilon=EPSILON, momentum=MOMENTUM, **options)
-    layer.build(SHAPE)
+    layer.build(shape)
     rng = np.random.default_rng(1)
     layer.set_weights([rng.random(weight.shape) + 0.5 for weight in layer.get_weights()])
     return layer
 
 
-def kernels(layer, x, **options):
-    """How many fused kernels a call in training takes."""
+def kernels(call, x):
+    """How many fused kernels a call takes."""
+    if BACKEND == "torch":
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Names(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                names.append(function.overloadpacket.__name__)
+                return function(*args, **kwargs or {})
+
+        names = []
+        with Names():
+            call(keras.ops.convert_to_tensor(x))
+        return names.count("native_batch_norm")
     import tensorflow as tf
 
-    def call(x):
-        return layer(x, training=True, **options)
-
-    with fused():
-        graph = tf.function(call).get_concrete_function(x).graph
+    graph = tf.function(lambda x: call(x)).get_concrete_function(tf.constant(x)).graph
     return sum(operation.type == "FusedBatchNormV3" for operation in graph.get_operations())
 
 
-@pytest.mark.parametrize("how", ["eager", "graph", "XLA"])
+@pytest.mark.parametrize("how", ["graph"] if BACKEND == "torch" else ["eager", "graph", "XLA"])
 @pytest.mark.parametrize("shape", [SHAPE, (1, 1, 1, 3), (2, 1, 1, 3)])
 def test_it_is_the_formula(how, shape):
     x, dy = arrays(shape)
@@ -91,38 +106,55 @@ def test_it_is_keras_of_all_kinds(dtype, options):
     layers = made(dtype=dtype, **options), made(dtype=dtype, **options)
     with fused():
         found = trained(layers[0], x, dy)
-    assert kernels(layers[0], x.astype(layers[0].compute_dtype)) == 1
+    with fused():
+        half = keras.ops.convert_to_tensor(x, layers[0].compute_dtype)
+        assert kernels(lambda x: layers[0](x, training=True), half) == 1
     tolerance = {"float32": 1e-5, "mixed_float16": 2e-3, "mixed_bfloat16": 2e-2}[dtype]
     for value, right in zip(found, trained(layers[1], x, dy), strict=True):
         np.testing.assert_allclose(value, right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the kernel takes [B, H, W, C] alone")
+@pytest.mark.parametrize("shape", [(8, 3), (4, 5, 3), (2, 3, 2, 2, 3)])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_pytorch_takes_maps_of_any_kind(shape, axis):
+    x, dy = arrays(shape)
+    layers = made(shape, axis=axis), made(shape, axis=axis)
+    with fused():
+        found = trained(layers[0], x, dy)
+        assert kernels(lambda x: layers[0](x, training=True), x.astype("float32")) == 1
+    for value, right in zip(found, trained(layers[1], x, dy), strict=True):
+        np.testing.assert_allclose(value, right, rtol=1e-4, atol=1e-5)
 
 
 class Derived(keras.layers.BatchNormalization):
     """A user's own."""
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["frozen", "masked", "first axis", "synchronized", "renorm", "float64", "derived", "a row"],
-)
+CASES = ["frozen", "masked", "renorm", "float64", "derived"]
+CASES += ["a value"] if BACKEND == "torch" else ["first axis", "synchronized", "a row"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_the_kernel_does_not_do_is_left_to_keras(case):
-    shape = (8, 3) if case == "a row" else SHAPE
+    shape = {"a row": (8, 3), "a value": (1, 1, 1, 3)}.get(case, SHAPE)
     x, _ = arrays(shape)
     options = {
         "first axis": {"axis": 1}, "synchronized": {"synchronized": True},
         "renorm": {"renorm": True}, "float64": {"dtype": "float64"},
     }.get(case, {})  # fmt: skip
     kind = Derived if case == "derived" else keras.layers.BatchNormalization
-    layers = kind(**options), kind(**options)  # renormalisation has a memory
-    for layer in layers:
+    one, two, three = (kind(**options) for _ in range(3))  # renormalisation has a memory
+    for layer in (one, two, three):
         layer.build(shape)
         layer.trainable = case != "frozen"
     mask = {"mask": np.ones(shape[:3], bool)} if case == "masked" else {}
     x = x.astype(layer.compute_dtype)
     with fused():
-        found = layers[0](x, training=True, **mask)
-    small.assert_same_bits([found], [layers[1](x, training=True, **mask)])
-    assert kernels(layer, x, **mask) == 0
+        found = one(x, training=True, **mask)
+        assert kernels(lambda x: two(x, training=True, **mask), x) == 0
+    expected = three(x, training=True, **mask)
+    small.assert_same_bits(*([keras.ops.convert_to_numpy(y)] for y in (found, expected)))
 
 
 def test_keras_has_its_layer_back_after_an_error():
@@ -135,21 +167,13 @@ def test_keras_has_its_layer_back_after_an_error():
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_distillation_takes_it_everywhere(nested):
-    import tensorflow as tf
-
     student = small.convnet("student")
     layers = ["stage1"]
     if nested:
         inputs = keras.Input(student.input_shape[1:])
         student, layers = keras.Model(inputs, student(inputs)), ["student/stage1"]
     distiller = dskd_keras.Distiller(small.convnet("teacher"), student, layers)
-
-    def call(x):
-        return distiller(x, training=True)
-
-    x, _ = small.images()
-    graph = tf.function(call).get_concrete_function(x).graph
-    found = sum(operation.type == "FusedBatchNormV3" for operation in graph.get_operations())
+    found = kernels(lambda x: distiller(x, training=True), small.images()[0])
     normalizations = [
         layer
         for layer in distiller.student_with_heads._flatten_layers()
