@@ -55,6 +55,8 @@ class Pair:
         distiller = dskd_keras.Distiller(
             teacher, self._model(self.config.student), layers, **settings
         )
+        if distiller.traced_training is not None:
+            distiller.traced_training.after = 0  # as train.py has it
         return self._compiled(distiller)
 
     def _compiled(self, model):

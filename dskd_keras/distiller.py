@@ -34,6 +34,7 @@ from dskd_keras.progress import Place, ProgressLine
 from dskd_keras.teacher import FrozenTeacher, FunctionTeacher, Teacher
 from dskd_keras.term_means import BatchMean, TermMeans
 from dskd_keras.terms import in_full_precision
+from dskd_keras.traced_training import TracedTraining
 from dskd_keras.weighting import Weighting, renamed
 from dskd_keras.weighting import get as get_weighting
 
@@ -322,6 +323,9 @@ class Distiller(keras.Model):
             mask=mask,
             dtype=self.dtype_policy,
         )
+        self.traced_training: TracedTraining | None = None
+        if keras.backend.backend() == "torch":
+            self.traced_training = TracedTraining(self.student_with_heads)
         if supervised:
             for strategy in (self.prediction_weighting, self.feature_weighting):
                 strategy.build((len(supervised),))
@@ -359,6 +363,8 @@ class Distiller(keras.Model):
         """Returns the student's logits or outputs; with `training=True` its `heads.Outputs`."""
         inputs = self._of_student(inputs)
         if training:
+            if self.traced_training is not None and not self.run_eagerly:
+                return self.traced_training(inputs)
             with fused_normalization.fused():
                 return self.student_with_heads(inputs, training=True)
         outputs = self.student(inputs, training=False)

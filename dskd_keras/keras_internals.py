@@ -173,6 +173,19 @@ def compiled_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -
     return model._compile_loss(y, y_pred, sample_weight)
 
 
+def losses_of_calls(model: keras.Model) -> list[Any]:
+    """Returns what layers have added by `add_loss` and activity regularisers in the last call.
+
+    The public `losses` has those of regularised weights too.
+    """
+    return [loss for layer in model._flatten_layers() for loss in layer._losses]
+
+
+def forget_losses_of_calls(model: keras.Model) -> None:
+    """Takes back what `losses_of_calls` returns, as Keras does when a model is called again."""
+    model._clear_losses()
+
+
 def metric_value(model: keras.Model, variable: keras.Variable) -> np.ndarray:
     """Returns the value of a metric's variable, between the steps of `fit` too.
 

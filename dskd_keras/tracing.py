@@ -5,6 +5,7 @@ large model more than its convolutions do. It also copies feature maps between m
 and after every convolution, which PyTorch's convolutions don't need (docs/speed.md).
 """
 
+import operator
 import re
 import textwrap
 import warnings
@@ -16,9 +17,9 @@ import numpy as np
 
 # The batches of a data set have two shapes, since the last batch is smaller. A user who has a new
 # shape in every step should not wait for a new trace in every step.
-_SHAPES = 8
+SHAPES = 8
 # A trace is used where its outputs differ from the model's by no more than the order of sums does.
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 
 
 class Traced:
@@ -39,18 +40,9 @@ class Traced:
         """Returns the model's outputs for a batch."""
         import torch
 
-        # `train_on_batch` hands on the arrays that the user gave.
-        x = keras.tree.map_structure(
-            lambda leaf: (
-                keras.ops.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
-            ),
-            x,
-        )
+        x = in_tensors(x)
         leaves = keras.tree.flatten(x)
-        traceable = all(isinstance(leaf, torch.Tensor) for leaf in leaves) and not (
-            torch.compiler.is_compiling() or any(leaf.is_meta for leaf in leaves)
-        )
-        trace = self._trace_for(x, leaves) if traceable else None
+        trace = self._trace_for(x, leaves) if traceable(leaves) else None
         if trace is None:
             return self._model(x, training=False)
         with torch.no_grad():
@@ -59,8 +51,8 @@ class Traced:
     def _trace_for(self, x: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
         key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
         if key not in self._traces:
-            if len(self._traces) == _SHAPES:
-                self._warn(f"its batches have more than {_SHAPES} shapes")
+            if len(self._traces) == SHAPES:
+                self._warn(f"its batches have more than {SHAPES} shapes")
                 return None
             self._traces[key], reason = _trace(self._model, x)
             if reason:
@@ -77,49 +69,101 @@ class Traced:
             )
 
 
+def in_tensors(x: Any) -> Any:
+    """Returns a batch as tensors: `train_on_batch` hands on the arrays that the user gave."""
+    return keras.tree.map_structure(
+        lambda leaf: keras.ops.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, x
+    )
+
+
+def traceable(leaves: list[Any]) -> bool:
+    """Returns whether a model's call on these can be traced here."""
+    import torch
+
+    return all(isinstance(leaf, torch.Tensor) for leaf in leaves) and not (
+        torch.compiler.is_compiling() or any(leaf.is_meta for leaf in leaves)
+    )
+
+
 def _trace(model: keras.Model, x: Any) -> tuple[Callable[[Any], Any] | None, str]:
     """Returns a function of a batch, or None and the reason why there is none."""
     import torch
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
         expected = model(x, training=False)
         try:
-            trace = make_fx(lambda x: model(x, training=False))(x)
-            _keep_layouts(trace)
+            trace = record(lambda x: model(x, training=False), x)
+            keep_layouts(trace)
             outputs = trace(x)
         except Exception as error:  # whatever a layer does that can't be traced
-            return None, f"PyTorch can't trace it ({_in_one_line(error)})"
+            return None, f"PyTorch can't trace it ({in_one_line(error)})"
     same = all(
-        _alike(a, b)
+        alike(a, b)
         for a, b in zip(keras.tree.flatten(expected), keras.tree.flatten(outputs), strict=True)
     )
     return (trace, "") if same else (None, "its trace gives other outputs, as random layers do")
 
 
-def _alike(a: Any, b: Any) -> bool:
+def record(call: Callable[[Any], Any], x: Any) -> Any:
+    """Returns a call as a graph of operations, without those that change what was just computed.
+
+    Keras's normalisation by moving statistics does: `x.subtract(mean).mul_(…)`.
+    """
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    trace = make_fx(call)(x)
+    for node in trace.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not schema.name.endswith("_"):
+            continue
+        changed = node.args[0]
+        made_by = getattr(changed.target, "_schema", None)
+        is_new = made_by is not None and all(value.alias_info is None for value in made_by.returns)
+        name = schema.name.removeprefix("aten::").removesuffix("_")
+        other = getattr(torch.ops.aten, name, None)
+        other = getattr(other, schema.overload_name or "default", None)
+        if is_new and len(changed.users) == 1 and other is not None:
+            names = [[argument.name for argument in s.arguments] for s in (schema, other._schema)]
+            if names[0] == names[1]:
+                node.target = other
+    trace.recompile()
+    return trace
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Returns whether two tensors are the same but for the order of sums."""
     if a.shape != b.shape:
         return False
     if not a.is_floating_point():
         return bool((a == b).all())
-    return bool((a - b).abs().max() <= _TOLERANCE * a.abs().max())
+    return bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Returns what is said of an error of Keras's or PyTorch's, cut where it is long."""
     # Keras's messages begin with the layer and have the reason in bold.
     lines = [line for line in re.sub(r"\x1b\[\d+m", "", str(error)).splitlines() if line.strip()]
     return textwrap.shorten(" ".join(lines[:2]), 200, placeholder=" …") or type(error).__name__
 
 
-def _keep_layouts(trace: Any) -> None:
+def changes_tensors(trace: Any) -> bool:
+    """Returns whether an operation of a trace changes a tensor in place, or may do so."""
+    operations = [node for node in trace.graph.nodes if node.op == "call_function"]
+    return any(
+        node.target is not operator.getitem
+        and (getattr(node.target, "_schema", None) is None or node.target._schema.is_mutable)
+        for node in operations
+    )
+
+
+def keep_layouts(trace: Any) -> None:
     """Takes the copies out of a trace that only change the memory layout."""
     import torch
 
-    operations = [node for node in trace.graph.nodes if node.op == "call_function"]
-    if any(getattr(node.target, "_schema", None) is None or node.target._schema.is_mutable
-           for node in operations):  # fmt: skip
-        return  # a tensor that is changed in place may have been copied for that
-    for node in operations:
+    if changes_tensors(trace):
+        return  # it may have been copied for that
+    for node in [node for node in trace.graph.nodes if node.op == "call_function"]:
         if node.target is torch.ops.aten.clone.default:
             node.replace_all_uses_with(node.args[0])
             trace.graph.erase_node(node)

@@ -19,7 +19,7 @@ FLOORS = {
         "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
         "freezing", "fused_normalization", "graph", "heads", "inputs", "keras_internals", "labels",
         "layer_table", "losses", "maps", "naming", "objective", "optimizers", "pairing", "replicas",
-        "teacher", "term_means", "terms", "tracing", "walking", "weighting",
+        "teacher", "term_means", "terms", "traced_training", "tracing", "walking", "weighting",
     ),
     "parts": ("callbacks", "data", "drawing", "export", "models"),
     "report": ("report",),

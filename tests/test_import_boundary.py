@@ -23,7 +23,7 @@ CORE = [
     "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
     "freezing", "fused_normalization", "graph", "heads", "inputs", "keras_internals", "labels",
     "losses", "maps", "naming", "objective", "optimizers", "pairing", "replicas", "teacher",
-    "term_means", "terms", "tracing", "walking", "weighting",
+    "term_means", "terms", "traced_training", "tracing", "walking", "weighting",
 ]  # fmt: skip
 
 

@@ -160,6 +160,6 @@ def test_ever_new_shapes_are_not_traced_for_ever():
         warnings.simplefilter("always")
         for batch in range(1, 12):
             assert_same(traced, model, tensor(batch, 8, 8, 2))
-    assert len(made(traced)) == tracing._SHAPES
+    assert len(made(traced)) == tracing.SHAPES
     (message,) = warned(record)
     assert "its batches have more than 8 shapes" in message

@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from dskd_keras.optimizers import SGD
 from dskd_keras.progress import Place
 
 _EVALUATION_BATCH = 256
+# Steps of a training in which a trace on PyTorch saves more than it takes.
+_WORTH_A_TRACE = 100
 
 # From the number of batches that are done to the batches that are left.
 BatchesFrom = Callable[[int], data.TrainingBatches]
@@ -150,6 +153,9 @@ def _plan(run: Run, distiller: Distiller, batches: BatchesFrom) -> _Plan:
         steps_per_execution=config.steps_per_execution,
         **compile_options(),
     )
+    if (traced := distiller.traced_training) is not None:
+        # Of the whole training, wherever it is begun: a trace rounds differently.
+        traced.after = 0 if steps * config.epochs >= _WORTH_A_TRACE else math.inf
     restorer = Restorer()
     callbacks = [restorer, StopOnNonFiniteLoss()]
     if config.deep_supervision < 1 and config.method == "dskd":
