@@ -107,6 +107,11 @@ def test_two_processes_train_as_one_does_and_go_on_after_one_was_killed(tmp_path
     [
         (1, {"JAX_COORDINATOR_ADDRESS": "host:1"}, "devices: 1, but JAX_COORDINATOR_ADDRESS is"),
         ("all", {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES: '0' should be a whole number from"),
+        (
+            "all",
+            {"JAX_COORDINATOR_ADDRESS": "node01"},
+            "JAX_COORDINATOR_ADDRESS: 'node01' should be",
+        ),
         ("all", {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID: 'one' should be a whole number from 0"),
     ],
 )

@@ -109,6 +109,28 @@ def compile_loss():
     assert float(keras_internals.compiled_loss(model, y, y_pred, None)) == 9.0 + 30.0
 
 
+def model_that_adds_losses():
+    inputs = keras.Input((2,))
+    inner = layers.Dense(1, activity_regularizer="l2", kernel_regularizer="l2")
+    model = keras.Model(inputs, keras.Sequential([layers.Dense(1), inner])(inputs))
+    model(np.ones((1, 2), "float32"))
+    return model
+
+
+@private("keras.layers.Layer._losses")
+def losses():
+    # The regularised weight's is none of a call.
+    model = model_that_adds_losses()
+    assert len(keras_internals.losses_of_calls(model)) == 1 and len(model.losses) == 2
+
+
+@private("keras.layers.Layer._clear_losses")
+def clear_losses():
+    model = model_that_adds_losses()
+    keras_internals.forget_losses_of_calls(model)
+    assert not keras_internals.losses_of_calls(model) and len(model.losses) == 1
+
+
 def values_in_fit(sync):
     """What a callback reads of a metric after each of two steps, and `_jax_state_synced` there."""
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])

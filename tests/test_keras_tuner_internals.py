@@ -18,11 +18,14 @@ BACKEND = keras.backend.backend()
 FOLDER = Path(tuning.__file__).parent
 # KerasTuner's private methods that classes of the package override: they can't be reached through
 # functions of the adapter.
+BAYESIAN = "keras_tuner.oracles.BayesianOptimizationOracle"
 HOOKS = {
     # The first trial is the configuration as it is.
     "keras_tuner.Oracle._random_values": "dskd_keras.tuning.oracles.DurableOracle",
     # The state of all trials is one file.
     "keras_tuner.Oracle._save_trial": "dskd_keras.tuning.oracles.DurableOracle",
+    # A failed trial counts as a bad one.
+    f"{BAYESIAN}._vectorize_trials": "dskd_keras.tuning.oracles.Bayesian",
     # Takes a bracket that the trials are enough for.
     "keras_tuner.oracles.HyperbandOracle._start_new_bracket": "dskd_keras.tuning.oracles.Hyperband",
 }
@@ -139,6 +142,22 @@ def random_state():
     state = np.random.RandomState(1)
     internals().set_random_state(oracle, state)
     assert "self._random_state.uniform" in inspect.getsource(type(oracle).populate_space)
+
+
+@private(f"{BAYESIAN}._vectorize_trials")
+def vectorize_trials():
+    oracle = new_oracle(BayesianOptimizationOracle)
+    oracle._save_trial = lambda trial: None
+    for number, status in enumerate(["COMPLETED", "FAILED", "COMPLETED"]):
+        trial = oracle.create_trial("a")
+        if status == "COMPLETED":
+            oracle.update_trial(trial.trial_id, {"val_accuracy": number / 4})
+        trial.status = status
+        oracle.end_trial(trial)
+    places, losses = oracle._vectorize_trials()
+    # A row of places in [0, 1] and a loss for each, without the failed one: why it is overridden.
+    assert places.shape == (2, len(oracle.hyperparameters.space)) and places.min() >= 0
+    assert losses.tolist() == [0.0, -0.5]
 
 
 @private("keras_tuner.oracles.HyperbandOracle._current_bracket")

@@ -1,6 +1,7 @@
 """The parts of a search, without training where none is needed."""
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -424,6 +425,21 @@ def test_failures_are_recorded_and_too_many_in_a_row_end_the_search(tmp_path):
     assert oracle.failure == "the last 4 trials failed"
     assert oracle.create_trial("tuner0").status == TrialStatus.STOPPED
     assert len(oracle.ended()) == 8 and oracle.ended()[0].status == TrialStatus.COMPLETED
+
+
+@pytest.mark.once
+def test_a_bayesian_search_leaves_the_place_of_a_failed_trial(tmp_path):
+    oracle = new_oracle("bayesian", tmp_path / "search", most=15)
+    go_on(oracle, most=6)
+    found = []
+    for _ in range(4):
+        trial = oracle.create_trial("tuner0")
+        found.append(np.log([trial.hyperparameters.values[n] for n in ("temperature",
+                     "learning_rate")]) / np.log([10, 1000]))  # fmt: skip
+        finish(oracle, trial, TrialStatus.FAILED)
+    # Of a range of 1.
+    apart = [np.abs(a - b).max() for a, b in itertools.pairwise(found)]
+    assert min(apart) > 0.05, found
 
 
 def test_a_full_disk_ends_the_search(tmp_path, monkeypatch):

@@ -9,11 +9,12 @@ from dskd_keras import checks
 from dskd_keras.data import arrays, kinds, sources
 from dskd_keras.data.dataset import ImageDataset, LoadedImages
 from dskd_keras.data.reading import AnyPath, needed
-from dskd_keras.data.streams import ImageStream
+from dskd_keras.data.streams import ImageStream, cores
 from dskd_keras.errors import wrong
 
 # Pixels a side from which a window of the image is as good as the whole: those of photographs.
 _LARGE = 128
+_WORKERS_A_CORE = 16
 
 
 def load(
@@ -46,8 +47,9 @@ def load(
         stream: Whether the images stay in their files, as `ImageStream`s that decode them when they
             are asked for. `None` takes streams for images that would need more than a quarter of
             the memory. Folders of images and TFDS sets can be streams.
-        stream_workers: Processes that make the batches of a stream ahead; 0 takes threads of this
-            process. Defaults to one less than there are cores, and at most 16.
+        stream_workers: Processes that make the batches of a stream ahead, at most 16 for each core;
+            0 takes threads of this process. Defaults to one less than there are cores, and at most
+            16.
 
     Returns:
         An `ImageDataset`.
@@ -58,6 +60,8 @@ def load(
     if image_size is not None:
         image_size = checks.whole("image_size", image_size, 1)
     validation_fraction = checks.real("validation_fraction", validation_fraction, least=0, below=1)
+    if stream not in (None, False, True):
+        raise wrong("stream", stream, "True, False or None")
     kind = kinds.kind(dataset)
     kinds.check_stream(dataset, stream)
     if kind == "digits":
@@ -72,7 +76,9 @@ def load(
         tfds = needed("dskd_keras.data.tfds", "tensorflow-datasets", "tfds")
         loaded = tfds.load_tfds(str(dataset), data_dir, image_size, stream)
     if stream_workers is not None:
-        workers = checks.whole("stream_workers", stream_workers, 0)
+        # Each takes a processor's time and 50 MB: hundreds on few cores look like a hang.
+        most = _WORKERS_A_CORE * cores()
+        workers = checks.whole("stream_workers", stream_workers, 0, most)
         for images in (loaded.x_train, loaded.x_test):
             if isinstance(images, ImageStream):
                 images.workers = workers

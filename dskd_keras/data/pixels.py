@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dskd_keras.data.reading import needed
-from dskd_keras.errors import unknown_name
+from dskd_keras.errors import InputError, unknown_name
 
 AUGMENTATIONS = ("crop_flip", "crop", "resized_crop_flip", "none")
 PADDING = 4
@@ -33,7 +33,15 @@ def normalize(images: np.ndarray, mean: _Floats, std: _Floats) -> np.ndarray:
 
     Returns:
         float32 of the shape of `images`.
+
+    Raises:
+        InputError: `images` is no array.
     """
+    if not isinstance(images, np.ndarray):
+        raise InputError(
+            f"images: a {type(images).__name__}, but an array is needed. A stream is read by "
+            "TrainingBatches and EvaluationBatches, which normalise."
+        )
     deviation = np.asarray(std, np.float64)
     scale = 1 / (255 * deviation)
     offset = -np.asarray(mean, np.float64) / deviation

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -75,9 +76,8 @@ class Prefetched:
     def close(self) -> None:
         """Ends the processes. They also end with this process."""
         self._drop()
-        for executor in (self._makers, self._finisher):
-            if executor is not None:
-                executor.shutdown(cancel_futures=True)
+        if self._makers is not None and self._finisher is not None:
+            _shut_down(self._makers, self._finisher)
         self._makers = self._finisher = None
 
     def _made(self, index: int) -> "Future[Batch]":
@@ -108,6 +108,8 @@ class Prefetched:
                 )
             else:
                 self._makers = ThreadPoolExecutor(streams.cores())
+            # Where nobody has closed it: Python takes the executors apart in any order at its end.
+            weakref.finalize(self, _shut_down, self._makers, self._finisher)
         if self._workers:
             with _without_keras():
                 made = self._makers.submit(_make, index)
@@ -124,6 +126,11 @@ class Prefetched:
     def _finish(self, pixels: "Future[Batch]") -> Batch:
         images, labels = pixels.result()
         return self._plan.to_input(images), labels
+
+
+def _shut_down(*executors: Executor) -> None:
+    for executor in executors:
+        executor.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,8 @@ def parse(config_class: type[Config], argv: Sequence[str], command: str) -> Conf
         given |= _read_file(Path(path), kinds)
     show = flags.pop("print_config", False)
     given |= flags
+    if str(given.get("method")) == "ce" and "student" in given:
+        given.setdefault("teacher", given["student"])  # nobody teaches
     for field in dataclasses.fields(config_class):
         if (
             field.default is field.default_factory is dataclasses.MISSING

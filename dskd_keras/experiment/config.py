@@ -39,7 +39,7 @@ class ExperimentConfig:
     """Trains a student, under a teacher or alone.
 
     Args:
-        teacher: Name of the teacher's model.
+        teacher: Name of the teacher's model. Method ce has none.
         student: Name of the student's model.
         pair: Takes the values of configs/NAME.yaml, such as resnet56_resnet20; flags come on top.
         method: dskd supervises the student's shallow layers too, kd its output alone, ce trains it
@@ -55,8 +55,8 @@ class ExperimentConfig:
         validation_fraction: Share of the training images held out to choose the best epoch.
         stream: Leave the images in their files and decode them when they are needed, for sets that
             are larger than the memory. Default: where they would take more than a quarter of it.
-        stream_workers: Processes that decode a stream; 0 takes threads. Default: one less than
-            there are cores, and at most 16.
+        stream_workers: Processes that decode a stream, at most 16 for each core; 0 takes threads.
+            Default: one less than there are cores, and at most 16.
         augmentation: auto is what suits the data set: crop_flip, or crop where a mirror image is
             another class; resized_crop_flip from 128 pixels a side on.
         augment_on: Where batches are made. With device all training images lie in the memory of the

@@ -157,11 +157,14 @@ def join(config: ExperimentConfig, backend: str) -> None:
             f"devices: 1, but {_ADDRESS} is set, so that processes train together. Take --devices "
             "all, or unset it."
         )
+    address = os.environ.get(_ADDRESS)
+    if address and not address.rpartition(":")[2].isdecimal():
+        raise wrong(_ADDRESS, address, "a host and a port, such as node01:12345")
     import jax
 
     try:
         jax.distributed.initialize(
-            os.environ.get(_ADDRESS),
+            address,
             count,
             index,
             heartbeat_timeout_seconds=_HEARTBEAT,
@@ -170,7 +173,7 @@ def join(config: ExperimentConfig, backend: str) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{_ADDRESS}: {os.environ.get(_ADDRESS)!r} did not bring the processes together "
+            f"{_ADDRESS}: {address!r} did not bring the processes together "
             f"({reason}). Set it, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each of them."
         ) from error
     if jax.process_count() > 1:

@@ -184,6 +184,11 @@ def _fit(
 ) -> None:
     """Trains from the beginning of an epoch to the end, or from within an epoch to its end."""
     distiller.resumed_at = place
+    together = distiller.steps_per_execution
+    if place.step and (steps - place.step) % together:
+        # Keras would run on into the next epoch.
+        distiller.steps_per_execution = math.gcd(steps - place.step, together)
+        distiller.make_train_function(force=True)
 
     def end_of_epoch(*_: object) -> None:
         # The rest of an epoch has fewer steps than the epochs after it.
@@ -197,6 +202,9 @@ def _fit(
         shuffle=False,
         **options | {"callbacks": [first, *options["callbacks"]]},
     )
+    if distiller.steps_per_execution != together:
+        distiller.steps_per_execution = together
+        distiller.make_train_function(force=True)
 
 
 class _HistoryFile(keras.callbacks.CSVLogger):

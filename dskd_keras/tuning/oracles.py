@@ -14,6 +14,7 @@ from typing import Any
 
 import keras_tuner
 import numpy as np
+from keras_tuner.engine.hyperparameters import Fixed
 from keras_tuner.engine.trial import Trial, TrialStatus
 from sklearn.exceptions import ConvergenceWarning
 
@@ -267,6 +268,33 @@ class Bayesian(DurableOracle, keras_tuner.oracles.BayesianOptimizationOracle):
             # Few trials fit many length scales: of no use to who searches.
             warnings.simplefilter("ignore", ConvergenceWarning)
             return super().populate_space(trial_id)
+
+    def _vectorize_trials(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where the trials were in the space, and how bad.
+
+        A failed trial is as bad as the worst of the others. KerasTuner leaves it out: then the next
+        proposal is where the failed one was, and fails, until all trials are used up.
+        """
+        places, losses = super()._vectorize_trials()
+        space = [
+            parameter
+            for parameter in self.hyperparameters.space
+            if not isinstance(parameter, Fixed)
+        ]
+        failed = [
+            [
+                parameter.value_to_prob(values.values.get(parameter.name, parameter.default))
+                for parameter in space
+            ]
+            for values in (
+                trial.hyperparameters
+                for trial in self.trials.values()
+                if trial.status in (TrialStatus.FAILED, TrialStatus.INVALID)
+            )
+        ]
+        if not failed:
+            return places, losses
+        return np.vstack([places, failed]), np.append(losses, [losses.max()] * len(failed))
 
 
 class Hyperband(DurableOracle, keras_tuner.oracles.HyperbandOracle):
