@@ -13,6 +13,7 @@ from keras import ops
 
 from dskd_keras import (
     coefficients,
+    depthwise,
     freezing,
     fused_normalization,
     graph,
@@ -365,9 +366,10 @@ class Distiller(keras.Model):
         if training:
             if self.traced_training is not None and not self.run_eagerly:
                 return self.traced_training(inputs)
-            with fused_normalization.fused():
+            with depthwise.as_products(), fused_normalization.fused():
                 return self.student_with_heads(inputs, training=True)
-        outputs = self.student(inputs, training=False)
+        with depthwise.as_products():
+            outputs = self.student(inputs, training=False)
         return keras.tree.flatten(outputs)[0] if self._output.is_alone else outputs
 
     def _of_student(self, x: Any) -> Any:

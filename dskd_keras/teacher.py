@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from dskd_keras import graph
+from dskd_keras.depthwise import as_products
 from dskd_keras.errors import InputError, wrong
 from dskd_keras.inputs import of_model
 from dskd_keras.keras_internals import flat_layers, input_structure
@@ -120,10 +121,11 @@ class FrozenTeacher:
         x = of_model("teacher_inputs" if self._before else "x", self._graph, x)
         if self._traced is not None:
             return self._traced(x)
-        if variables is None:
-            return self._graph(x, training=False)
-        outputs, _ = self._graph.stateless_call([], variables, x, training=False)
-        return outputs
+        with as_products():
+            if variables is None:
+                return self._graph(x, training=False)
+            outputs, _ = self._graph.stateless_call([], variables, x, training=False)
+            return outputs
 
     def predict(
         self, x: Any, batch_size: int | None = None, verbose: str | int = 0

@@ -20,8 +20,9 @@ ROOT = Path(dskd_keras.__file__).parent.parent
 
 GROUND = ["_lazy", "checks", "errors", "progress"]
 CORE = [
-    "coefficients", "copying", "distiller", "endings", "ensemble", "feature_maps", "folding",
-    "freezing", "fused_normalization", "graph", "heads", "inputs", "keras_internals", "labels",
+    "coefficients", "copying", "depthwise", "distiller", "endings", "ensemble", "feature_maps",
+    "folding", "freezing", "fused_normalization", "graph", "heads", "inputs", "keras_internals",
+    "labels",
     "losses", "maps", "naming", "objective", "optimizers", "pairing", "replicas", "teacher",
     "term_means", "terms", "traced_training", "tracing", "walking", "weighting",
 ]  # fmt: skip
