@@ -521,6 +521,11 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
             ["--augment_on", "device", "--augmentation", "resized_crop_flip"],
             "augment_on: device, but augmentation is resized_crop_flip, which resizes",
         ),
+        (
+            ["--augment_on", "device", "--cached_views", "2"],
+            "augment_on: device, but cached_views is 2: the views are made once, on the host. Set",
+        ),
+        (["--devices", "2", "--cached_views", "2"], "devices: 2, but cached_views is 2: each step"),
         (["--checkpoint_steps", "0"], "checkpoint_steps: 0 should be a whole number of at least 1"),
         (
             ["--export", "tflite"],

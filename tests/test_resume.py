@@ -258,6 +258,30 @@ def test_half_precision_goes_on_to_the_same_bits(begun, images, monkeypatch, tmp
 
 
 @pytest.mark.once
+def test_cached_views_go_on_to_the_same_bits(begun, images, monkeypatch, tmp_path_factory, capsys):
+    views = ["--cached_views", "2"]
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(begun / "teachers", whole / "teachers")
+    assert command(images, whole, *views) == 0
+    assert len(list((whole / "teachers").glob("*.outputs/*.npy"))) == 2 * 2
+    with monkeypatch.context() as patched:
+        after_steps(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert command(images, begun, *views) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert command(images, begun, *views, "--resume") == 0
+    assert "Caching" not in capsys.readouterr().out, "the outputs are there"
+    assert outcome(begun) == outcome(whole)
+    # Other images than those of fresh augmentation.
+    assert command(images, begun, "--run_dir", begun / "fresh", "--method", "kd") == 0
+    assert command(images, begun, "--run_dir", begun / "fixed", "--method", "kd", *views) == 0
+    fresh, fixed = (
+        np.genfromtxt(begun / name / "kd/seed-0/history.csv", delimiter=",", names=True)["loss"]
+        for name in ("fresh", "fixed")
+    )
+    assert not np.any(fresh == fixed)
+
+
+@pytest.mark.once
 def test_a_run_of_a_time_before_folding_is_not_taken_for_another(stopped, images, capsys):
     config = stopped / "config.yaml"
     fields = ("fold_teacher", "teacher_dtype", "dtype_policy")

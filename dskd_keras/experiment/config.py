@@ -110,6 +110,9 @@ class ExperimentConfig:
             teaches: the same outputs but for rounding, and faster.
         teacher_dtype: Precision in which it then teaches; its outputs are float32. bfloat16 and
             float16 pay on a processor or an accelerator that computes in them.
+        cached_views: Show the student that many fixed augmented views of every image, and compute
+            the teacher's outputs for them once, for all runs and trials; 0 augments anew in every
+            epoch and runs the teacher in every step.
         min_teacher_accuracy: A teacher with a lower test accuracy (0 to 1) is refused.
         run_dir: Where the run is written. Default: runs/ and the pair's name, else
             TEACHER_STUDENT.
@@ -168,6 +171,7 @@ class ExperimentConfig:
     teacher_dir: str = "runs/teachers"
     fold_teacher: bool = True
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cached_views: int = 0
     min_teacher_accuracy: float = 0.0
     run_dir: str | None = None
     include_preprocessing: bool = False
@@ -188,6 +192,9 @@ class ExperimentConfig:
                 raise wrong("devices", self.devices, f"a whole number of devices, or {ALL}")
             self.check_whole(1, "devices")
         self.check_whole(0, "teacher_seed", most=MOST_SEED)
+        self.check_whole(0, "cached_views")
+        if self.cached_views:
+            self._check_cached_views()
         self.check_whole(0, "stream_workers", most=_MOST_WORKERS)
         for field in PATHS:
             if (path := getattr(self, field)) is not None:
@@ -251,6 +258,21 @@ class ExperimentConfig:
             raise InputError(
                 "student_layers: empty, but method is dskd. Name the layers to supervise, or "
                 "choose method kd."
+            )
+
+    def _check_cached_views(self) -> None:
+        for field, needed, why in (
+            ("devices", 1, "each step reads the outputs for one device"),
+            ("augment_on", "host", "the views are made once, on the host"),
+        ):
+            if (value := getattr(self, field)) != needed:
+                raise InputError(
+                    f"{field}: {value}, but cached_views is {self.cached_views}: {why}. Set it to "
+                    f"{needed}, or cached_views to 0."
+                )
+        if self.method == "ce":
+            raise InputError(
+                f"cached_views: {self.cached_views}, but method ce has no teacher. Set it to 0."
             )
 
     def check_whole(self, least: int, *fields: str, most: int = _MOST) -> None:

@@ -21,7 +21,7 @@ _NO_NUMBERS = (
 )  # fmt: skip
 # What a run did that was made before a field was there.
 _BEFORE = {
-    "stream": None,
+    "stream": None, "cached_views": 0,
     "dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32",
     "prediction_loss": "kl_divergence", "feature_loss": "feature_mean_squared_error",
     "head": "separable", "deep_supervision": 1.0,

@@ -10,7 +10,15 @@ import numpy as np
 
 from dskd_keras import csv_cells, data, export, files
 from dskd_keras.distiller import Distiller
-from dskd_keras.experiment import build, evaluation, hosts, saved_models, teachers, training
+from dskd_keras.experiment import (
+    build,
+    cached_targets,
+    evaluation,
+    hosts,
+    saved_models,
+    teachers,
+    training,
+)
 from dskd_keras.experiment.checkpoints import CheckpointFolder
 from dskd_keras.experiment.run import Run
 from dskd_keras.experiment.teachers import MeasuredTeacher
@@ -40,7 +48,11 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
             hosts.here().shared([] if model is None else model.get_weights())
             distiller = _untrained(run, model, seed)
             student = distiller.student
-            trained = training.train(run, distiller, seed, folder)
+            batches = None
+            if config.cached_views and teacher is not None:
+                cached = cached_targets.obtain(run, teacher.model, config.cached_views)
+                batches = cached.batches(run, distiller, seed)
+            trained = training.train(run, distiller, seed, folder, batches)
     except KeyboardInterrupt:
         if student is not None:
             _save_interrupted(run, student, so_far)

@@ -159,6 +159,7 @@ def _training_run(run: Run) -> Run:
         epochs=config.teacher_epochs or config.epochs,
         learning_rate=config.teacher_learning_rate or config.learning_rate,
         seeds=[config.teacher_seed],
+        cached_views=0,
     )
 
 

@@ -110,9 +110,6 @@ class SearchConfig(ExperimentConfig):
         trial_epochs: Epochs of a trial, with hyperband of the longest. Default: epochs.
         ranges: What is searched, and where.
         search_seed: Of the tuner's own choices.
-        cached_views: Show the student that many fixed augmented views of every image, and compute
-            the teacher's outputs for them once, for all trials; 0 augments anew in every epoch and
-            runs the teacher in every step.
         workers: Processes on this machine that run trials at the same time; 0 runs them in this
             one.
         chief_timeout: Seconds that a worker waits for its chief.
@@ -128,7 +125,6 @@ class SearchConfig(ExperimentConfig):
     trial_epochs: int | None = None
     ranges: SearchRanges = field(default_factory=SearchRanges)
     search_seed: int = 0
-    cached_views: int = 0
     workers: int = 0
     chief_timeout: float = 60.0
     worker_timeout: float = 60.0
@@ -138,7 +134,7 @@ class SearchConfig(ExperimentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole(1, "max_trials", "trial_epochs", "max_failures")
-        self.check_whole(0, "cached_views", "workers")
+        self.check_whole(0, "workers")
         # KerasTuner takes 0 for none, so that it is given one more.
         self.check_whole(0, "search_seed", most=MOST_SEED - 1)
         for name in ("chief_timeout", "worker_timeout"):
@@ -167,10 +163,6 @@ class SearchConfig(ExperimentConfig):
             raise InputError(
                 "ranges.student_layers: searched, but teacher_layer names a layer for each. Name "
                 "one for all, or set ranges.student_layers to null."
-            )
-        if self.method == "ce" and self.cached_views:
-            raise InputError(
-                f"cached_views: {self.cached_views}, but method ce has no teacher. Set it to 0."
             )
 
     def check_files(self) -> None:
@@ -205,5 +197,7 @@ class SearchConfig(ExperimentConfig):
         values = {name: getattr(self, name) for name in ExperimentConfig.__dataclass_fields__}
         # The teacher stays the one it is, whatever is changed for the student.
         values["teacher_epochs"] = self.teacher_epochs or self.epochs
+        # What is trained with the best settings sees fresh augmentation.
+        values["cached_views"] = 0
         values["teacher_learning_rate"] = self.teacher_learning_rate or self.learning_rate
         return ExperimentConfig(**values | changes)
