@@ -199,6 +199,8 @@ class Distiller(keras.Model):
             gives `heads.Outputs`.
         prediction_weighting: The strategy's copy for the class-prediction losses.
         feature_weighting: The strategy's copy for the feature-map losses.
+        traced_training: On PyTorch, the `TracedTraining` through which the student trains; None
+            elsewhere.
         resumed_at: The `Place` where training goes on. Who resumes a training within an epoch sets
             it before `fit`, since `fit` counts the rest of that epoch's steps from 0. Callbacks
             read it through `progress.steps_before`. Defaults to the beginning.
