@@ -165,6 +165,16 @@ def test_keras_has_its_layer_back_after_an_error():
     assert keras.layers.BatchNormalization.call is before
 
 
+def test_a_nan_in_the_images_is_one_in_the_outputs():
+    student = small.convnet("student")
+    distiller = dskd_keras.Distiller(None, student, (), prediction_weight=0, label_weight=1)
+    distiller.compile("sgd", small.crossentropy())
+    x, y = small.images(8)
+    x[0, 0, 0, 0] = np.nan
+    # Compiled, where TensorFlow joins operations.
+    assert np.isnan(distiller.train_on_batch(x, y, return_dict=True)["loss"])
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_distillation_takes_it_everywhere(nested):
     student = small.convnet("student")
