@@ -4,7 +4,6 @@ As for a frozen model (`tracing`), and for the same reason. Here weights change,
 normalisations are kept, and layers may have a memory.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +12,15 @@ import keras
 from dskd_keras import keras_internals
 from dskd_keras.fused_normalization import fused
 from dskd_keras.tracing import (
-    SHAPES,
     TOLERANCE,
+    Traces,
     alike,
     changes_tensors,
     in_one_line,
     in_tensors,
     keep_layouts,
     record,
+    shapes,
     traceable,
 )
 
@@ -47,8 +47,7 @@ class TracedTraining:
         self._model = model
         self._layers = keras_internals.flat_layers(model)
         self._seen: dict[Any, int] = {}
-        self._traces: dict[Any, _Call | None] = {}
-        self._warned = False
+        self._traces = Traces(f"The student '{model.name}' trains layer by layer")
 
     def __call__(self, x: Any) -> Any:
         """Returns the model's outputs in training for a batch."""
@@ -66,30 +65,13 @@ class TracedTraining:
             return self._model(x, training=True)
 
     def _trace_for(self, x: Any, leaves: list[Any]) -> _Call | None:
-        shapes = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
         # A layer that is frozen later computes something else.
-        key = shapes, tuple(layer.trainable for layer in self._layers)
-        if key in self._traces:
-            return self._traces[key]
-        if len(self._traces) == SHAPES:
-            self._warn(f"its batches have more than {SHAPES} shapes")
-            return None
-        self._seen[key] = self._seen.get(key, -1) + 1
-        if self._seen[key] < self.after:
-            return None
-        self._traces[key], reason = _trace(self._model, x)
-        if reason:
-            self._warn(reason)
-        return self._traces[key]
-
-    def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"The student '{self._model.name}' trains layer by layer, not as a trace: {reason}."
-                " This is slower and changes nothing else.",
-                stacklevel=2,
-            )
+        key = shapes(leaves), tuple(layer.trainable for layer in self._layers)
+        if key not in self._traces and not self._traces.is_full:
+            self._seen[key] = self._seen.get(key, -1) + 1
+            if self._seen[key] < self.after:
+                return None
+        return self._traces.obtain(key, lambda: _trace(self._model, x))
 
 
 def _trace(model: keras.Model, x: Any) -> tuple[_Call | None, str]:

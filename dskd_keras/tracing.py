@@ -22,6 +22,46 @@ SHAPES = 8
 TOLERANCE = 1e-3
 
 
+class Traces(dict[Any, Callable[[Any], Any] | None]):
+    """Traces by what they are made for; None where there can be none.
+
+    Args:
+        instead: What is done without one; a warning begins with it, once.
+    """
+
+    def __init__(self, instead: str) -> None:
+        super().__init__()
+        self._instead = instead
+        self._warned = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more are made."""
+        return len(self) == SHAPES
+
+    def obtain(
+        self, key: Any, make: Callable[[], tuple[Callable[[Any], Any] | None, str]]
+    ) -> Callable[[Any], Any] | None:
+        """Returns the trace for a key; `make` returns a new one, or None and the reason."""
+        if key not in self and self.is_full:
+            self._warn(f"its batches have more than {SHAPES} shapes")
+            return None
+        if key not in self:
+            self[key], reason = make()
+            if reason:
+                self._warn(reason)
+        return self[key]
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._instead}, not as a trace: {reason}. This is slower and changes nothing "
+                "else.",
+                stacklevel=2,
+            )
+
+
 class Traced:
     """Calls a model in inference mode, through a trace where one can be made.
 
@@ -33,8 +73,7 @@ class Traced:
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
-        self._traces: dict[Any, Callable[[Any], Any] | None] = {}
-        self._warned = False
+        self._traces = Traces(f"The model '{model.name}' runs layer by layer")
 
     def __call__(self, x: Any) -> Any:
         """Returns the model's outputs for a batch."""
@@ -42,31 +81,13 @@ class Traced:
 
         x = in_tensors(x)
         leaves = keras.tree.flatten(x)
-        trace = self._trace_for(x, leaves) if traceable(leaves) else None
+        trace = None
+        if traceable(leaves):
+            trace = self._traces.obtain(shapes(leaves), lambda: _trace(self._model, x))
         if trace is None:
             return self._model(x, training=False)
         with torch.no_grad():
             return trace(x)
-
-    def _trace_for(self, x: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
-        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
-        if key not in self._traces:
-            if len(self._traces) == SHAPES:
-                self._warn(f"its batches have more than {SHAPES} shapes")
-                return None
-            self._traces[key], reason = _trace(self._model, x)
-            if reason:
-                self._warn(reason)
-        return self._traces[key]
-
-    def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"The model '{self._model.name}' runs layer by layer, not as a trace: {reason}. "
-                "This is slower and changes nothing else.",
-                stacklevel=2,
-            )
 
 
 def in_tensors(x: Any) -> Any:
@@ -74,6 +95,11 @@ def in_tensors(x: Any) -> Any:
     return keras.tree.map_structure(
         lambda leaf: keras.ops.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, x
     )
+
+
+def shapes(leaves: list[Any]) -> Any:
+    """Returns what a trace of a call on these tensors is made for."""
+    return tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
 
 
 def traceable(leaves: list[Any]) -> bool:

@@ -106,7 +106,6 @@ def test_it_is_keras_of_all_kinds(dtype, options):
     layers = made(dtype=dtype, **options), made(dtype=dtype, **options)
     with fused():
         found = trained(layers[0], x, dy)
-    with fused():
         half = keras.ops.convert_to_tensor(x, layers[0].compute_dtype)
         assert kernels(lambda x: layers[0](x, training=True), half) == 1
     tolerance = {"float32": 1e-5, "mixed_float16": 2e-3, "mixed_bfloat16": 2e-2}[dtype]
