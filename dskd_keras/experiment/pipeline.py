@@ -40,6 +40,7 @@ def run(
     for format in config.export:
         export.check_available(format)
     found = devices.find(config)
+    training.check_backend(config, found)
     run = Run(config, build.load_data(config, console), console, command, found)
     devices.check_batches(found, run.dataset, config)
     training.check_steps(run)

@@ -340,11 +340,8 @@ def augmentation(run: Run) -> str:
     return run.dataset.augmentation if configured == "auto" else configured
 
 
-def check_steps(run: Run) -> None:
-    """Raises `InputError` where steps can't run as, or where, they are configured to."""
-    config = run.config
-    if config.augment_on == "device":
-        device_images.check(run.dataset, augmentation(run))
+def check_backend(config: ExperimentConfig, devices: Devices) -> None:
+    """Raises `InputError` where the backend can't run several steps together. Needs no images."""
     together = config.steps_per_execution
     if together == 1:
         return
@@ -353,12 +350,19 @@ def check_steps(run: Run) -> None:
             f"steps_per_execution: {together}, but Keras runs steps one by one on PyTorch. Set it "
             "to 1, or set KERAS_BACKEND to jax or tensorflow."
         )
-    if keras.backend.backend() == "tensorflow" and run.devices.count > 1:
+    if keras.backend.backend() == "tensorflow" and devices.count > 1:
         # Keras's loop over the steps has conditions within, at which the replicas' program fails.
         raise InputError(
-            f"steps_per_execution: {together}, but on TensorFlow {run.devices.count} devices run "
+            f"steps_per_execution: {together}, but on TensorFlow {devices.count} devices run "
             "steps one by one. Set it to 1, or devices to 1."
         )
+
+
+def check_steps(run: Run) -> None:
+    """Raises `InputError` where the images can't be trained on as, or where, it is configured."""
+    if run.config.augment_on == "device":
+        device_images.check(run.dataset, augmentation(run))
+    together = run.config.steps_per_execution
     # Keras would run on into the next epoch.
     steps = training_batches(run, 0).steps_per_epoch
     if steps % together:
