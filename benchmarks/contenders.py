@@ -7,7 +7,7 @@ import numpy as np
 
 import dskd_keras
 from dskd_keras import data, models
-from dskd_keras.experiment import training
+from dskd_keras.experiment import build, training
 from dskd_keras.teacher import FrozenTeacher
 
 
@@ -132,7 +132,8 @@ class Pair:
 
     def frozen_teacher(self, dtype=None):
         """The teacher alone, with the outputs that DSKD needs."""
-        frozen = FrozenTeacher(self.teacher(dtype))
+        teacher = self.teacher(dtype)
+        frozen = FrozenTeacher(teacher, layer=build.teacher_layers(self.config, teacher))
         run = _compiled_call(frozen)
         size = self.config.batch_size
 

@@ -65,7 +65,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         views = cached_targets.fixed_views(run.dataset, cached_views, training.augmentation(run))
         begin = time.perf_counter()
-        cached = cached_targets.compute(run, teacher, views, Path(folder) / "outputs")
+        layer = build.teacher_layers(config, teacher)
+        cached = cached_targets.compute(run, teacher, views, Path(folder) / "outputs", layer)
         caching = time.perf_counter() - begin
         kinds = {
             "cached": lambda place: _trial(run, teacher, place, cached),

@@ -109,11 +109,10 @@ class Distiller(keras.Model):
     """Trains a student with deeply-supervised knowledge distillation (DSKD, arXiv 2202.07846).
 
     A frozen teacher supervises the student's output by its class predictions. Through auxiliary
-    heads it supervises the student's shallow layers by its class predictions and its last feature
-    map. Let `a_l` be the temperature-softened divergence of head l from the teacher, `b_l` the mean
-    squared difference of its projected feature map from the teacher's, and `u`, `v` the
-    allocations: the weights that the weighting gives to the layers for the batch means of `a` and
-    `b`.
+    heads it supervises the student's layers by its class predictions and its feature maps. Let
+    `a_l` be the temperature-softened divergence of head l from the teacher, `b_l` the mean squared
+    difference of its projected feature map from the teacher's, and `u`, `v` the allocations: the
+    weights that the weighting gives to the layers for the batch means of `a` and `b`.
 
     ```
     loss = label_weight           · loss(y, student)
@@ -151,20 +150,23 @@ class Distiller(keras.Model):
             into a nested model, `name#1` is the second call of a layer, `name:1` or `name:key` one
             of several outputs. Their outputs may be `[B, H, W, C]`, `[B, C, H, W]`,
             `[B, D, H, W, C]`, `[B, T, D]` or `[B, D]`. `"auto"` takes the last layer of each
-            resolution before the last. `dskd_keras.summary(student)` shows what can be named.
+            resolution. `dskd_keras.summary(student)` shows what can be named.
             Defaults to none.
         teacher_layer: Name of the teacher's layer whose output supervises them, or a list with one
-            for each student layer. Defaults to the last feature map before the pooling, whose name
-            the attribute then holds.
+            for each student layer. `"auto"`, the default, gives each the teacher's layer of the
+            same place: the last one of a resolution, where resolutions are counted from the output.
+            Where they can't be told, as in a transformer, it takes the last feature map before the
+            pooling, as None does everywhere. The attribute then holds the names.
         temperature: Positive number τ that softens both sides' logits. Defaults to 4.0.
         label_weight: Coefficient of the compiled loss. Defaults to 1.0.
         prediction_weight: Coefficient of the student's divergence from the teacher. Defaults
             to 1.0.
         deep_prediction_weight: Coefficient of the shallow layers' divergences. Defaults to 1.0.
-        deep_feature_weight: Coefficient of the shallow layers' feature-map losses. Defaults to 1.0.
+        deep_feature_weight: Coefficient of the shallow layers' feature-map losses. Defaults to
+            30.0.
         weighting: The strategy that allocates weights to the shallow layers: `"softmax"`,
             `"proportional"`, `"inverse"`, `"uniform"`, `"relative"`, or a
-            `dskd_keras.weighting.Weighting`. Defaults to `"softmax"`.
+            `dskd_keras.weighting.Weighting`. Defaults to `"uniform"`.
         prediction_loss: What compares logits: a name of `dskd_keras.losses`, or a
             `keras.losses.Loss` or function of teacher's and student's logits that gives one value
             an image or a position. An object has its own temperature. Defaults to the divergence
@@ -211,7 +213,7 @@ class Distiller(keras.Model):
     Example:
 
     ```python
-    distiller = dskd_keras.Distiller(teacher, student, student_layers=["stage1", "stage2"])
+    distiller = dskd_keras.Distiller(teacher, student, student_layers="auto")
     distiller.compile(
         optimizer="adam",
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -242,13 +244,13 @@ class Distiller(keras.Model):
         teacher: Any,
         student: keras.Model,
         student_layers: str | Iterable[str] = (),
-        teacher_layer: str | Sequence[str] | None = None,
+        teacher_layer: str | Sequence[str] | None = "auto",
         temperature: float = 4.0,
         label_weight: float = 1.0,
         prediction_weight: float = 1.0,
         deep_prediction_weight: float = 1.0,
-        deep_feature_weight: float = 1.0,
-        weighting: str | dict[str, Any] | Weighting = "softmax",
+        deep_feature_weight: float = 30.0,
+        weighting: str | dict[str, Any] | Weighting = "uniform",
         prediction_loss: Any = None,
         feature_loss: Any = "feature_mean_squared_error",
         head: str | heads.Head | None = None,

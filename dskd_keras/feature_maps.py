@@ -162,11 +162,11 @@ def default_teacher_layer(model: keras.Model, output: int = 0) -> str:
 
 
 def auto_student_layers(model: keras.Model, output: int = 0) -> list[str]:
-    """Returns the names of a student's shallow layers: what `student_layers="auto"` means.
+    """Returns the names of a student's layers to supervise: what `student_layers="auto"` means.
 
-    These are the last layers of each resolution before the last one. A layer counts that gives a
-    learned feature map with more than one position and that all paths pass from the first map of
-    this resolution to the output: the first convolution within a residual block does not.
+    These are the last layers of each resolution. A layer counts that gives a learned feature map
+    with more than one position and that all paths pass from the first map of this resolution to the
+    output: the first convolution within a residual block does not.
 
     Args:
         model: A functional or Sequential model.
@@ -179,24 +179,80 @@ def auto_student_layers(model: keras.Model, output: int = 0) -> list[str]:
         InputError: The model has one resolution, or unknown ones.
     """
     maps = FeatureMaps(model, output)
+    found = _last_of_each_resolution(maps)
+    if len(found) > 1:
+        return [maps.names[number] for number in found]
     sizes = {maps.graph.positions(number) for number in maps.before_classifiers(maps.is_map)}
-    shallow = []
     if any(None in size for size in sizes):
         reason = "whose feature maps have unknown sizes"
     elif not sizes:
         reason = "which has no feature maps with positions"
     else:
         reason = "whose feature maps have all one resolution"
-        shallow = _before_the_last(maps, resolutions(maps))
-    if not shallow:
-        blocks = _blocks(maps)
-        advice = f"Name some layers, such as {listed(blocks)}." if blocks else "Name some layers."
-        raise InputError(
-            "student_layers: 'auto' takes the last layer of each resolution, which can't be told "
-            f"in '{model.name}', {reason}. {advice}"
-        )
-    found = (max(maps.on_all_paths(numbers[0]).intersection(numbers)) for numbers in shallow)
-    return [maps.names[number] for number in sorted(found)]
+    blocks = _blocks(maps)
+    advice = f"Name some layers, such as {listed(blocks)}." if blocks else "Name some layers."
+    raise InputError(
+        "student_layers: 'auto' takes the last layer of each resolution, which can't be told "
+        f"in '{model.name}', {reason}. {advice}"
+    )
+
+
+def auto_teacher_layers(model: keras.Model, output: int = 0) -> list[str]:
+    """Returns the names of the layers of a teacher that may supervise: `teacher_layer="auto"`.
+
+    They are the last layers of each resolution; the last feature map alone where resolutions can't
+    be told.
+
+    Args:
+        model: A functional or Sequential model.
+        output: Which of its outputs are the logits, counted in flattened order.
+
+    Returns:
+        Names that `tap` takes, the shallowest layer first.
+
+    Raises:
+        InputError: There is no feature map, or several could be the last.
+    """
+    maps = FeatureMaps(model, output)
+    found = _last_of_each_resolution(maps)
+    if len(found) > 1:
+        return [maps.names[number] for number in found]
+    return [default_teacher_layer(model, output)]
+
+
+def matching_teacher_layers(
+    teacher: Sequence[str], student: keras.Model, output: int, names: Sequence[str]
+) -> list[str]:
+    """Returns for each layer of a student the teacher's layer of the same place.
+
+    The resolutions of both are counted from the output. The last layer of the student's last
+    resolution gets that of the teacher's last, and so on; of those that the student has more than
+    the teacher each gets the teacher's first. A layer without a resolution gets the teacher's last.
+
+    Args:
+        teacher: What `auto_teacher_layers` gave.
+        student: A functional or Sequential model.
+        output: Which of its outputs is distilled, counted in flattened order.
+        names: Of the student's layers.
+    """
+    maps = FeatureMaps(student, output)
+    numbers_by_key = {place.key: number for number, place in enumerate(maps.graph.places)}
+    by_end = _by_end(maps)
+    # Counted from the output, the last one is 1.
+    from_output = {
+        number: place
+        for place, end in enumerate(sorted(by_end, reverse=True), start=1)
+        for number in by_end[end]
+    }
+    places = places_by_name(student)
+    found = []
+    for name in names:
+        number = numbers_by_key.get(places[name].key)
+        while number is not None and maps.graph.layers[number] is None:
+            number = maps.graph.before[number][0]  # what a nested model gives is a layer's inside
+        place = 1 if number is None else from_output.get(number, 1)
+        found.append(teacher[-min(place, len(teacher))])
+    return found
 
 
 def resolutions(maps: FeatureMaps) -> list[list[int]]:
@@ -215,11 +271,17 @@ def resolutions(maps: FeatureMaps) -> list[list[int]]:
     return [numbers for numbers in found if any(map(maps.has_kernel, numbers))]
 
 
-def _before_the_last(maps: FeatureMaps, resolutions: list[list[int]]) -> list[list[int]]:
-    """Returns the resolutions without that of the last layers with kernels."""
-    known = {number for numbers in resolutions for number in numbers}
-    last = {*maps.graph.back_from(maps.nearest, through=lambda number: number not in known)}
-    return [numbers for numbers in resolutions if last.isdisjoint(numbers)]
+def _last_of_each_resolution(maps: FeatureMaps) -> list[int]:
+    """Returns the numbers of the last layers of each resolution, the first ones first."""
+    return sorted(_by_end(maps))
+
+
+def _by_end(maps: FeatureMaps) -> dict[int, list[int]]:
+    """Returns the numbers of each resolution's feature maps by that of its last layer."""
+    found = resolutions(maps)
+    if any(None in maps.graph.positions(numbers[0]) for numbers in found):
+        return {}
+    return {max(maps.on_all_paths(numbers[0]).intersection(numbers)): numbers for numbers in found}
 
 
 def _alike(size: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from dskd_keras.teacher import FrozenTeacher, FunctionTeacher, Teacher
 class TeacherSettings:
     """The arguments of `Distiller` that say how a teacher is run, under its names."""
 
-    teacher_layer: str | Sequence[str] | None = None
+    teacher_layer: str | Sequence[str] | None = "auto"
     teacher_output: str | int | None = None
     teacher_classes: Sequence[int] | None = None
     teacher_inputs: Any = None
@@ -71,7 +71,11 @@ def freeze(
         for model in models:
             _check_classes(model, student, output, settings)
     layer = settings.teacher_layer
-    if layer is not None and not isinstance(layer, str):
+    if layer == "auto":
+        layer = None
+        if features and layers and len(models) == len(each):
+            layer = _matching(models, student, output, layers, predictions, settings)
+    elif layer is not None and not isinstance(layer, str):
         if isinstance(layer, keras.Operation) or not isinstance(layer, Iterable):
             naming.find("teacher_layer", models[0], [layer])  # which says what it should be
         layer = list(layer)
@@ -87,6 +91,36 @@ def freeze(
     if not several:
         return frozen[0]
     return Ensemble(frozen, ensemble.check_weights(settings.teacher_weighting, len(each)))
+
+
+def _matching(
+    teachers: Sequence[keras.Model],
+    student: keras.Model,
+    output: DistilledOutput,
+    layers: Sequence[str],
+    predictions: bool,
+    settings: TeacherSettings,
+) -> list[str] | None:
+    """Returns the teacher's layer for each layer of the student; None for the last map.
+
+    That is where a teacher's resolutions can't be told, or several teachers differ in them.
+    """
+    found = []
+    for teacher in teachers:
+        candidates = graph.auto_teacher_layers(
+            teacher, _logits_index(teacher, predictions, settings)
+        )
+        if len(candidates) < 2:
+            return None
+        found.append(graph.matching_teacher_layers(candidates, student, output.index, layers))
+    return found[0] if all(names == found[0] for names in found) else None
+
+
+def _logits_index(teacher: keras.Model, predictions: bool, settings: TeacherSettings) -> int:
+    """Returns which output of a teacher leads to its logits, counted in flattened order."""
+    if not predictions and settings.teacher_output is None:
+        return 0
+    return pairing.output_index("teacher", teacher, settings.teacher_output)
 
 
 def _check_classes(
@@ -116,9 +150,7 @@ def _model(
         pairing.check_same_inputs(teacher, student)
     elif not callable(before):
         raise wrong("teacher_inputs", before, "a function of a batch, or a functional model")
-    index = 0
-    if predictions or settings.teacher_output is not None:
-        index = pairing.output_index("teacher", teacher, settings.teacher_output)
+    index = _logits_index(teacher, predictions, settings)
     classes = None if settings.teacher_classes is None else list(settings.teacher_classes)
     return FrozenTeacher(teacher, predictions, features, layer, index, classes, before)
 

@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import keras
 
 from dskd_keras.errors import InputError
-from dskd_keras.feature_maps import auto_student_layers, default_teacher_layer
+from dskd_keras.feature_maps import (
+    auto_student_layers,
+    auto_teacher_layers,
+    default_teacher_layer,
+    matching_teacher_layers,
+)
 from dskd_keras.keras_internals import (
     call_of,
     flat_layers,
@@ -26,6 +31,7 @@ from dskd_keras.walking import Graph, Place, backwards, data_format, has_graph, 
 __all__ = [
     "Tapped",
     "auto_student_layers",
+    "auto_teacher_layers",
     "backwards",
     "channels_last",
     "check_graph",
@@ -34,6 +40,7 @@ __all__ = [
     "has_graph",
     "layer_names",
     "mask_of",
+    "matching_teacher_layers",
     "names_inside",
     "precision",
     "rebuild",

@@ -11,7 +11,7 @@ from dskd_keras.errors import InputError
 from dskd_keras.feature_maps import (
     FeatureMaps,
     auto_student_layers,
-    default_teacher_layer,
+    auto_teacher_layers,
     resolutions,
 )
 from dskd_keras.graph import check_graph
@@ -24,7 +24,7 @@ _WIDTH = 120
 
 _LEGEND = {
     "student": 'student: one that student_layers="auto" takes.',
-    "teacher": "teacher: the one that teacher_layer=None takes.",
+    "teacher": 'teacher: one that teacher_layer="auto" takes.',
 }
 
 
@@ -48,9 +48,9 @@ def summary(model: keras.Model, output: int = 0) -> None:
     """Prints the layers of a model under the names that `Distiller` takes.
 
     For every layer, also of nested models, it says the shape of the output, how many of the model's
-    weights the output depends on, and whether it is the layer that `teacher_layer=None` means or
-    one of those that `student_layers="auto"` means. Where these can't be told, the reason stands
-    below. A new resolution begins a new section.
+    weights the output depends on, and whether `"auto"` takes it as a student's layer or as a
+    teacher's. Where these can't be told, the reason stands below. A new resolution begins a new
+    section.
 
     Args:
         model: A functional or Sequential model.
@@ -77,7 +77,7 @@ def summary(model: keras.Model, output: int = 0) -> None:
     notes = []
     suggestions: dict[str, Callable[[], list[str]]] = {
         "student": lambda: auto_student_layers(model, output),
-        "teacher": lambda: [default_teacher_layer(model, output)],
+        "teacher": lambda: auto_teacher_layers(model, output),
     }
     for role, suggest in suggestions.items():
         try:

@@ -203,14 +203,15 @@ def volume(name, width):
 def test_volumes_are_supervised():
     teacher, student = volume("teacher", 5), volume("student", 3)
     distiller = dskd_keras.Distiller(teacher, student, ["stage1", "stage2"])
-    assert distiller.teacher_layer == "stage2"
+    assert distiller.teacher_layer == ["stage1", "stage2"]
     x = RNG.standard_normal((4, 4, 4, 4, 1)).astype("float32")
     logs = train_one(distiller, x, np.array([0, 1, 2, 0]))
     outputs = distiller(x, training=True)
-    features = array(distiller.teacher(keras.ops.convert_to_tensor(x))["features"])
-    for layer in ("stage1", "stage2"):
+    of_teacher = distiller.teacher(keras.ops.convert_to_tensor(x))
+    for layer, size in (("stage1", 4), ("stage2", 2)):
+        features = array(of_teacher[f"features/{layer}"])
         projected = array(outputs.deep_features[layer])
-        assert projected.shape == features.shape == (4, 2, 2, 2, 5)
+        assert projected.shape == features.shape == (4, size, size, size, 5)
         expected = ((features - projected) ** 2).mean()
         assert logs[f"deep_feature_loss/{layer}"] == pytest.approx(expected, rel=1e-3)
 
@@ -321,7 +322,9 @@ def test_a_subclassed_student_gives_its_maps_by_name(tmp_path):
 def test_several_teachers(weighting, tmp_path):
     teachers = [small.convnet(f"teacher{n}", width=3 + n) for n in range(2)]
     student = small.convnet("student", batch_norm=False)
-    distiller = dskd_keras.Distiller(teachers, student, ["stage1"], teacher_weighting=weighting)
+    distiller = dskd_keras.Distiller(
+        teachers, student, ["stage1"], None, teacher_weighting=weighting
+    )
     x, y = small.images(6)
     logs = train_one(distiller, x, y)
     student_logits = array(student(x))

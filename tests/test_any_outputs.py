@@ -242,7 +242,7 @@ def test_segmentation_leaves_ignored_pixels_out():
     teacher, student = segmenter("teacher", 5), segmenter("student", 4)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
     distiller = dskd_keras.Distiller(teacher, student, ["down"])
-    assert distiller.teacher_layer == "decoder"
+    assert distiller.teacher_layer == ["down"]
     x = RNG.standard_normal((3, 8, 8, 2)).astype("float32")
     y = RNG.integers(0, 3, (3, 8, 8)).astype("int32")
     ignored = RNG.random((3, 8, 8)) < 0.4

@@ -11,7 +11,7 @@ from small import convnet
 import dskd_keras
 from dskd_keras.data import FixedViews, ImageDataset, normalize
 from dskd_keras.errors import InputError, TrainingError
-from dskd_keras.experiment import cached_targets, training
+from dskd_keras.experiment import build, cached_targets, training
 from dskd_keras.experiment.config import ExperimentConfig
 from dskd_keras.experiment.run import Run
 
@@ -35,10 +35,12 @@ def run_on(dataset, **fields):
 def cache(dataset, folder, views=3, teacher=None, **fields):
     views = cached_targets.fixed_views(dataset, views, "crop_flip")
     teacher = teacher or convnet("teacher", 6)
-    return cached_targets.compute(run_on(dataset, **fields), teacher, views, folder)
+    run = run_on(dataset, **fields)
+    layer = build.teacher_layers(run.config, teacher)
+    return cached_targets.compute(run, teacher, views, folder, layer)
 
 
-@pytest.mark.parametrize("layers", [None, ["stage1", "stage2"]])
+@pytest.mark.parametrize("layers", ["auto", None, ["stage1", "stage2"]])
 def test_cached_outputs_are_the_teachers(dataset, tmp_path, layers):
     teacher = convnet("teacher", 6)
     distiller = dskd_keras.Distiller(
@@ -56,7 +58,7 @@ def test_cached_outputs_are_the_teachers(dataset, tmp_path, layers):
     # All at once: programs are compiled for every shape.
     expected = distiller.teacher.predict(np.concatenate(expected))
     assert set(expected) == {"logits", *distiller.teacher.feature_names}
-    assert len(expected) == (2 if layers is None else 3)
+    assert len(expected) == (3 if layers in ("auto", ["stage1", "stage2"]) else 2)
     for name in expected:
         values = np.concatenate([outputs[name] for outputs in given])
         assert values.dtype == np.float16
@@ -117,7 +119,8 @@ def test_outputs_are_computed_once_and_an_interrupted_computation_goes_on(
     cache(dataset, tmp_path, teacher=teacher)
     cache(dataset, tmp_path, teacher=teacher)
     assert runs == [0, 1, 1, 2]
-    assert len(list(tmp_path.glob("*.npy"))) == 6
+    # Logits and two maps.
+    assert len(list(tmp_path.glob("*.npy"))) == 3 * 3
 
 
 def test_their_name_stands_for_everything_that_shapes_them(dataset):

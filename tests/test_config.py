@@ -133,7 +133,7 @@ PAIR = ("--pair", "resnet20_resnet8")
         ([*PAIR, "--nesterov", "--momentum", "0"], "nesterov: True, but momentum is 0"),
         ([*PAIR, "--student_layers"], "student_layers: empty, but method is dskd"),
         (
-            [*PAIR, "--teacher_layer", "[stage1, stage2, stage3]"],
+            [*PAIR, "--student_layers", "stage1", "stage2", "--teacher_layer", "[a, b, c]"],
             "teacher_layer: 3 layers, but there are 2 student_layers. Name one for all, or one for",
         ),
         ([*PAIR, "--config", "nowhere.yaml"], "config: can't read 'nowhere.yaml'"),

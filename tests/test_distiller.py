@@ -71,9 +71,9 @@ def test_logs_of_fit_and_evaluate(shared):
         "accuracy", "val_loss", "val_accuracy",
     }  # fmt: skip
     terms = ("label_loss", "prediction_loss", "deep_prediction_loss", "deep_feature_loss")
-    np.testing.assert_allclose(
-        np.sum([history[term] for term in terms], axis=0), history["loss"], rtol=1e-5
-    )
+    coefficients = (1.0, 1.0, 1.0, 30.0)
+    expected = sum(c * np.array(history[term]) for c, term in zip(coefficients, terms, strict=True))
+    np.testing.assert_allclose(expected, history["loss"], rtol=1e-5)
     assert all(len(values) == 2 and np.isfinite(values).all() for values in history.values())
     for kind in ("prediction", "feature"):
         shares = [history[f"deep_{kind}_allocation/{layer}"] for layer in LAYERS]
@@ -505,7 +505,8 @@ def test_half_precision_student_gets_loss_scaling_and_full_precision_losses():
     outputs = distiller(x, training=True)
     assert keras.backend.standardize_dtype(outputs.deep_features["stage1"].dtype) == "float16"
     before = small.values(student.trainable_variables)
-    history = distiller.fit(x, y, verbose=0).history
+    # The first steps may find the scale of the loss too large, and are left out.
+    history = distiller.fit(x, y, epochs=8, verbose=0).history
     assert all(np.isfinite(values).all() for values in history.values())
     after = small.values(student.trainable_variables)
     assert any((a != b).any() for a, b in zip(before, after, strict=True))

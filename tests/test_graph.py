@@ -584,7 +584,7 @@ def test_a_known_network_behind_preprocessing():
     name = f"{network.name}/block_13_expand_relu"
     assert graph.default_teacher_layer(model) == name
     assert graph.auto_student_layers(model) == [
-        f"{network.name}/block_{block}_expand_relu" for block in (1, 3, 6)
+        f"{network.name}/block_{block}_expand_relu" for block in (1, 3, 6, 13)
     ]
     x = 255 * data((24, 24, 3))
     inside = keras.Model(network.input, network.get_layer("block_13_expand_relu").output)

@@ -40,15 +40,15 @@ def up():
 # What "auto" finds in the zoo: the ends of stages; before a normalisation or an expansion that
 # belongs to the next stage as computation, after it.
 OF_THE_ZOO = {
-    "resnet20": ["stage1", "stage2"],
-    "resnet8x4": ["stage1", "stage2"],
-    "resnet18": ["stage1", "stage2", "stage3"],
-    "ResNet50": ["stage1", "stage2", "stage3"],
-    "wrn_16_2": ["stage2_block1_relu1", "stage3_block1_relu1"],
-    "vgg8": ["stage1", "stage2", "stage3"],
-    "MobileNetV2": [f"stage{n}_block1_expand_relu" for n in (2, 3, 4)],
-    "ShuffleV1": ["stem_relu", "stage1", "stage2"],
-    "ShuffleV2": ["stem_relu", "stage1", "stage2"],
+    "resnet20": ["stage1", "stage2", "stage3"],
+    "resnet8x4": ["stage1", "stage2", "stage3"],
+    "resnet18": ["stage1", "stage2", "stage3", "stage4"],
+    "ResNet50": ["stage1", "stage2", "stage3", "stage4"],
+    "wrn_16_2": ["stage2_block1_relu1", "stage3_block1_relu1", "final_relu"],
+    "vgg8": ["stage1", "stage2", "stage3", "stage5"],
+    "MobileNetV2": [*(f"stage{n}_block1_expand_relu" for n in (2, 3, 4)), "head_relu"],
+    "ShuffleV1": ["stem_relu", "stage1", "stage2", "stage3"],
+    "ShuffleV2": ["stem_relu", "stage1", "stage2", "head_relu"],
 }
 
 
@@ -69,14 +69,17 @@ def residual(x):
 
 def test_what_leads_around_a_layer_makes_it_no_end_of_a_stage():
     inputs = keras.Input((8, 8, 2))
-    assert graph.auto_student_layers(keras.Model(inputs, residual(inputs))) == ["end_of_first"]
+    assert graph.auto_student_layers(keras.Model(inputs, residual(inputs))) == [
+        "end_of_first",
+        "sum",
+    ]
 
 
 def test_unpadded_convolutions_stay_in_their_resolution():
     parts = [conv("a", padding="valid"), conv("b", padding="valid"), max_pool()]
     parts += [conv("c", padding="valid"), max_pool("last"), layers.Flatten(), layers.Dense(3)]
     # 26, 24; 12, 10; 5, where no layer learns any more.
-    assert graph.auto_student_layers(chain(*parts)) == ["b"]
+    assert graph.auto_student_layers(chain(*parts)) == ["b", "c"]
 
 
 def test_auto_goes_into_nested_models_behind_preprocessing():
@@ -85,7 +88,7 @@ def test_auto_goes_into_nested_models_behind_preprocessing():
     )
     resize = layers.Resizing(16, 16, data_format="channels_last")
     student = chain(layers.Rescaling(1 / 255), resize, backbone, *ending())
-    assert graph.auto_student_layers(student) == ["backbone/a", "backbone/b"]
+    assert graph.auto_student_layers(student) == ["backbone/a", "backbone/b", "backbone"]
 
 
 def test_auto_in_a_network_that_goes_down_and_up_again():
@@ -96,7 +99,7 @@ def test_auto_in_a_network_that_goes_down_and_up_again():
     x = conv("fourth")(layers.Concatenate()([up()(third), second]))
     x = conv("fifth")(layers.Concatenate()([up()(x), first]))
     student = keras.Model(inputs, conv("logits", 3, 1)(x))
-    assert graph.auto_student_layers(student) == ["third", "fourth"]
+    assert graph.auto_student_layers(student) == ["third", "fourth", "fifth"]
 
 
 def test_auto_for_another_output():
@@ -105,8 +108,8 @@ def test_auto_for_another_output():
     early = layers.Dense(3)(layers.Flatten()(x))
     late = layers.Dense(3)(layers.Flatten()(conv("c")(max_pool()(x))))
     student = keras.Model(inputs, [early, late])
-    assert graph.auto_student_layers(student, 0) == ["a"]
-    assert graph.auto_student_layers(student, 1) == ["a", "b"]
+    assert graph.auto_student_layers(student, 0) == ["a", "b"]
+    assert graph.auto_student_layers(student, 1) == ["a", "b", "c"]
 
 
 def transformer():
@@ -144,6 +147,44 @@ def nested():
     return chain(backbone, *ending(), shape=(8, 8, 1))
 
 
+def layers_of(teacher, student, names):
+    """What supervises the student's layers by default."""
+    return graph.matching_teacher_layers(graph.auto_teacher_layers(teacher), student, 0, names)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        ("resnet20", "resnet8", ["stage1", "stage2", "stage3"]),
+        # 32, 16, 8 under 32, 16, 8, 4: the student's first stage under the teacher's second.
+        ("resnet18", "resnet8", ["stage2", "stage3", "stage4"]),
+        # The other way round: the first two under the first.
+        ("resnet20", "resnet18", ["stage1", "stage1", "stage2", "stage3"]),
+    ],
+)
+def test_a_layer_gets_the_teachers_of_the_same_place(teacher, student, expected):
+    teacher, student = (models.create(name, 10, (32, 32, 3)) for name in (teacher, student))
+    names = graph.auto_student_layers(student)
+    assert layers_of(teacher, student, names) == expected
+    # A layer within a resolution goes with the last one of it.
+    assert layers_of(teacher, student, [f"{names[-1]}_block1_relu1"]) == expected[-1:]
+
+
+def test_layers_of_nested_models_have_a_place_by_each_of_their_names():
+    student = nested()
+    teacher = chain(conv("one"), max_pool(), conv("two"), *ending(), shape=(8, 8, 1))
+    names = ["backbone/a", "backbone/smaller", "backbone/b", "backbone"]
+    assert layers_of(teacher, student, names) == ["one", "two", "two", "two"]
+
+
+def test_where_no_place_tells_it_is_the_last_map():
+    teacher = chain(conv("one"), max_pool(), conv("two"), *ending(), shape=(8, 8, 1))
+    perceptron = chain(layers.Flatten(), layers.Dense(5, name="hidden"), layers.Dense(3))
+    assert layers_of(teacher, perceptron, ["hidden"]) == ["two"]
+    assert graph.auto_teacher_layers(transformer()) == ["two"]
+    assert graph.auto_teacher_layers(perceptron) == ["hidden"]
+
+
 def test_rows_say_what_an_output_depends_on():
     found = layer_table.rows(nested())
     of_a, of_both = 3 * 3 * 4 + 4, 3 * 3 * 4 + 4 + 3 * 3 * 16 + 4
@@ -169,14 +210,34 @@ def test_the_summary_shows_the_names_and_what_is_suggested(capsys):
     lines = [line.split() for line in printed.splitlines()]
     assert lines[0] == ["student:", "447", "parameters"]
     by_name = {line[0]: line for line in lines if line}
-    assert by_name["stage1"] == ["stage1", "[B,", "8,", "8,", "4]", "92", "20.6%", "student"]
-    assert by_name["stage2"] == ["stage2", "[B,", "4,", "4,", "8]", "420", "94.0%", "teacher"]
+    assert by_name["stage1"] == [
+        "stage1",
+        "[B,",
+        "8,",
+        "8,",
+        "4]",
+        "92",
+        "20.6%",
+        "student,",
+        "teacher",
+    ]
+    assert by_name["stage2"] == [
+        "stage2",
+        "[B,",
+        "4,",
+        "4,",
+        "8]",
+        "420",
+        "94.0%",
+        "student,",
+        "teacher",
+    ]
     assert by_name["logits"] == ["logits", "[B,", "3]", "447", "100.0%"]
     assert "images" not in printed
     # What the last column means, no doubts, and no unknown sizes.
     assert printed.splitlines()[-2:] == [
         'student: one that student_layers="auto" takes.',
-        "teacher: the one that teacher_layer=None takes.",
+        'teacher: one that teacher_layer="auto" takes.',
     ]
     # Between resolutions a line is empty.
     names = [line[0] if line else "" for line in lines]

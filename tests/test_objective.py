@@ -57,8 +57,11 @@ def average_pool(x, size):
     return x.reshape(len(x), size, factor, size, factor, -1).mean(axis=(2, 4))
 
 
-def reference(label, teacher, outputs, weight, tau, weighting):
-    """Loss, logs and the gradients in every output, in float64."""
+def reference(label, teacher, outputs, weight, tau, weighting, of_teacher):
+    """Loss, logs and the gradients in every output, in float64.
+
+    `of_teacher` gives for each supervised layer the name of the teacher's.
+    """
     to_double = lambda x: np.asarray(keras.ops.convert_to_numpy(x), "float64")  # noqa: E731
     logits, deep_logits, deep_features = keras.tree.map_structure(to_double, outputs[:3])
     target = keras.tree.map_structure(to_double, teacher)
@@ -84,7 +87,7 @@ def reference(label, teacher, outputs, weight, tau, weighting):
             if kind == "prediction":
                 terms.append(kl(target["logits"], of_layer[name], tau))
             else:
-                pooled = average_pool(target["features"], of_layer[name].shape[1])
+                pooled = average_pool(target[of_teacher[name]], of_layer[name].shape[1])
                 terms.append(mean_squared_error(pooled, of_layer[name]))
         means = [(weight * value).sum() / batch for value, _ in terms]
         for name, mean, share, term in zip(
@@ -123,7 +126,14 @@ def test_with_a_folded_teacher_they_are_those_of_the_plain_one(dtype, rtol, atol
     check_step("proportional", 4.0, True, rtol, atol, folded)
 
 
-def check_step(weighting, tau, weighted, rtol, atol, prepare=lambda teacher: teacher):
+@small.eagerly()
+def test_by_default_each_layer_is_compared_with_the_teachers_of_its_place():
+    check_step("softmax", 4.0, True, rtol=2e-4, atol=2e-6, teacher_layer="auto")
+
+
+def check_step(
+    weighting, tau, weighted, rtol, atol, prepare=lambda teacher: teacher, teacher_layer="stage2"
+):
     teacher = small.convnet("teacher", width=5)
     # A batch normalisation that has seen something.
     for stage in ("stage1_bn", "stage2_bn"):
@@ -136,8 +146,9 @@ def check_step(weighting, tau, weighted, rtol, atol, prepare=lambda teacher: tea
     # Larger logits, so that the terms differ from each other and from uniform.
     teacher.get_layer("logits").kernel.assign(teacher.get_layer("logits").kernel * 9.0)
     distiller = dskd_keras.Distiller(
-        prepare(teacher), student, LAYERS, temperature=tau, weighting=weighting, **WEIGHTS
-    )
+        prepare(teacher), student, LAYERS, temperature=tau, weighting=weighting, **WEIGHTS,
+        teacher_layer=teacher_layer,
+    )  # fmt: skip
     # Momentum-free SGD at rate 1 makes the change of a weight the negative gradient.
     distiller.compile(keras.optimizers.SGD(1.0), loss=small.crossentropy())
     x, y = small.images(6)
@@ -150,13 +161,14 @@ def check_step(weighting, tau, weighted, rtol, atol, prepare=lambda teacher: tea
             teacher.input,
             {
                 "logits": teacher.get_layer("logits").output,
-                "features": teacher.get_layer("stage2").output,
+                **{name: teacher.get_layer(name).output for name in LAYERS},
             },
         )(x, training=False),
         outputs,
         np.ones(6) if weight is None else weight.astype("float64"),
         tau,
         weighting,
+        {name: name if teacher_layer == "auto" else teacher_layer for name in LAYERS},
     )
     pooled = keras.Model(student.inputs[0], student.get_layer("pool").output)
     features = np.asarray(keras.ops.convert_to_numpy(pooled(x)), "float64")
@@ -228,7 +240,7 @@ def test_the_larger_teacher_map_is_pooled_to_the_students_size():
     teacher, student = small.convnet("teacher", width=3), small.convnet("student")
     distiller = dskd_keras.Distiller(
         teacher, student, ["stage2"], teacher_layer="stage1", label_weight=0, prediction_weight=0,
-        deep_prediction_weight=0,
+        deep_prediction_weight=0, deep_feature_weight=1,
     )  # fmt: skip
     distiller.compile("sgd")
     x, _ = small.images(4)

@@ -7,7 +7,7 @@ import small
 from keras import layers
 
 import dskd_keras
-from dskd_keras.graph import default_teacher_layer
+from dskd_keras.graph import auto_teacher_layers, default_teacher_layer
 
 CLASSES = small.CLASSES
 SHALLOW = {
@@ -134,8 +134,8 @@ def test_two_families_of_keras_applications(of_teacher, of_student):
     teacher = published(of_teacher, classifier_activation=None)
     student = dskd_keras.as_logits(published(of_student))
     distiller = dskd_keras.Distiller(teacher, student, "auto")
-    assert distiller.teacher_layer == LAST_MAP[of_teacher, 32]
-    assert list(distiller.student_layers) == SHALLOW[of_student]
+    assert distiller.teacher_layer == [*SHALLOW[of_teacher], LAST_MAP[of_teacher, 32]]
+    assert list(distiller.student_layers) == [*SHALLOW[of_student], LAST_MAP[of_student, 32]]
     x, y = photos()
     if keras.backend.backend() == "jax":
         train(distiller, x, y)  # outside of a step it compiles every operation for itself
@@ -175,10 +175,12 @@ def test_a_whole_classifier_behind_preprocessing():
     np.testing.assert_allclose(softmax(run(teacher, x)), run(model, x), rtol=1e-3, atol=1e-6)
     distiller = dskd_keras.Distiller(teacher, student, "auto")
     # Neither the enlarged image nor a padded one.
-    assert distiller.teacher_layer == f"{inside}/{LAST_MAP['mobilenet', 64]}"
-    assert distiller.teacher.feature_shape[:2] == (2, 2)
-    shallow = (*SHALLOW["mobilenet"], LAST_MAP["mobilenet", 32])
-    assert list(distiller.student_layers) == [f"{inside}/{layer}" for layer in shallow]
+    assert list(distiller.student_layers) == distiller.teacher_layer
+    assert [shape[:2] for shape in distiller.teacher.feature_shapes.values()] == [
+        (size, size) for size in (32, 16, 8, 4, 2)
+    ]
+    ends = (*SHALLOW["mobilenet"], LAST_MAP["mobilenet", 32], LAST_MAP["mobilenet", 64])
+    assert distiller.teacher_layer == [f"{inside}/{layer}" for layer in ends]
     train(distiller, x, y)
 
 
@@ -187,10 +189,15 @@ def test_a_headless_backbone_under_a_new_head():
     teacher, student = under_a_new_head("efficientnet"), under_a_new_head()
     distiller = dskd_keras.Distiller(teacher, student, "auto")
     # What the nested model gives has the nested model's name.
-    assert distiller.teacher_layer == nested(teacher)
-    assert (None, *distiller.teacher.feature_shape) == teacher.get_layer("pool").input.shape
-    shallow = (*SHALLOW["mobilenet"], LAST_MAP["mobilenet", 32])
-    assert list(distiller.student_layers) == [f"{nested(student)}/{layer}" for layer in shallow]
+    *shallow, last = distiller.teacher_layer
+    ends = (*SHALLOW["efficientnet"], LAST_MAP["efficientnet", 32])
+    assert shallow == [f"{nested(teacher)}/{layer}" for layer in ends]
+    assert last == nested(teacher)
+    shape = (None, *distiller.teacher.feature_shapes[f"features/{last}"])
+    assert shape == teacher.get_layer("pool").input.shape
+    ends = (*SHALLOW["mobilenet"], LAST_MAP["mobilenet", 32])
+    of_student = [f"{nested(student)}/{layer}" for layer in ends]
+    assert list(distiller.student_layers) == [*of_student, nested(student)]
     train(distiller, *photos(size=64))
 
 
@@ -212,6 +219,7 @@ def test_the_batch_norms_of_a_family_are_folded(build, arguments):
     assert not any(isinstance(layer, layers.BatchNormalization) for layer in all_layers(folded))
     np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-2, atol=1e-4)
     assert default_teacher_layer(folded) == default_teacher_layer(model)
+    assert auto_teacher_layers(folded) == auto_teacher_layers(model)
 
 
 def bert(name, hub, width, as_backbone):

@@ -263,7 +263,7 @@ def test_cached_views_go_on_to_the_same_bits(begun, images, monkeypatch, tmp_pat
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(begun / "teachers", whole / "teachers")
     assert command(images, whole, *views) == 0
-    assert len(list((whole / "teachers").glob("*.outputs/*.npy"))) == 2 * 2
+    assert len(list((whole / "teachers").glob("*.outputs/*.npy"))) == 2 * 4  # logits, three maps
     with monkeypatch.context() as patched:
         after_steps(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert command(images, begun, *views) == 128 + signal.SIGTERM

@@ -489,7 +489,7 @@ def test_tensorboards_hparams_page(one_trial):
     _, content = read(place, metadata.SESSION_START_INFO_TAG)
     session = metadata.parse_session_start_info_plugin_data(content)
     assert session.hparams["temperature"].number_value == 4.0
-    assert session.hparams["weighting"].string_value == "softmax"
+    assert session.hparams["weighting"].string_value == "uniform"
     values = event_accumulator.EventAccumulator(str(place / metric.name.group))
     values.Reload()
     (value,) = values.Scalars(metric.name.tag)

@@ -518,7 +518,7 @@ def test_the_state_is_plain_json(tmp_path):
 
 
 def test_layers_of_a_search_may_be_one_name_or_auto():
-    for given, expected in (("stage1", ("stage1",)), ("auto", ("stage1",))):
+    for given, expected in (("stage1", ("stage1",)), ("auto", ("stage1", "stage2"))):
         hypermodel = DistillationHyperModel(
             convnet("teacher"),
             lambda: convnet("student"),

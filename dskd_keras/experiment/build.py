@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from dskd_keras import data, heads, losses, models, weighting
+from dskd_keras import data, graph, heads, losses, models, weighting
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
 from dskd_keras.experiment import device_images
@@ -107,6 +107,16 @@ def distiller_settings(config: ExperimentConfig) -> dict[str, Any]:
         "weighting": strategy,
         **_METHODS[config.method],
     }
+
+
+def teacher_layers(config: ExperimentConfig, teacher: keras.Model) -> list[str] | str | None:
+    """Returns what `FrozenTeacher` takes to have all maps that any student layers may need."""
+    if config.teacher_layer != "auto":
+        return config.teacher_layer
+    if config.method != "dskd":
+        return None
+    found = graph.auto_teacher_layers(teacher)
+    return found if len(found) > 1 else None
 
 
 def distiller(

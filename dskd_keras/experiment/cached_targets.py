@@ -102,8 +102,12 @@ def key(
     return digest.hexdigest()
 
 
-def obtain(run: Run, teacher: keras.Model, views: int) -> CachedTargets:
+def obtain(
+    run: Run, teacher: keras.Model, views: int, layer: list[str] | str | None
+) -> CachedTargets:
     """Reads the outputs for all views, after running the teacher over those that are missing.
+
+    `layer` is that of `FrozenTeacher`.
 
     They lie under `teacher_dir`, in a folder whose name holds their key. A view's files are renamed
     when they are whole, so that what a killed process leaves is never taken for outputs, and the
@@ -113,23 +117,29 @@ def obtain(run: Run, teacher: keras.Model, views: int) -> CachedTargets:
         InputError: The disk has not enough room, or can't be written.
         TrainingError: An output is not finite in half precision.
     """
-    augmentation, layer = training.augmentation(run), run.config.teacher_layer
+    augmentation = training.augmentation(run)
     name = f"{teacher.name}-{Path(run.dataset.name).stem}"
     name += f"-{key(teacher, layer, run.dataset, augmentation)}.outputs"
     folder = Path(run.config.teacher_dir) / name
-    return compute(run, teacher, fixed_views(run.dataset, views, augmentation), folder)
+    return compute(run, teacher, fixed_views(run.dataset, views, augmentation), folder, layer)
 
 
-def compute(run: Run, teacher: keras.Model, views: FixedViews, folder: Path) -> CachedTargets:
+def compute(
+    run: Run,
+    teacher: keras.Model,
+    views: FixedViews,
+    folder: Path,
+    layer: list[str] | str | None,
+) -> CachedTargets:
     """Does the work of `obtain` for given views in a given folder."""
     waiting = "Waiting for another process, which runs the teacher."
-    stems = _stems(run.config.teacher_layer)
+    stems = _stems(layer)
     with run_folder.claimed("teacher_dir", folder, run.say, waiting):
         missing = [
             view for view in range(views.count) if not _file(folder, "logits", view).exists()
         ]
         if missing:
-            frozen = FrozenTeacher(teacher, layer=run.config.teacher_layer)
+            frozen = FrozenTeacher(teacher, layer=layer)
             count = len(views.images)
             shapes: dict[str, tuple[int, ...]] = {"logits": (count, teacher.outputs[0].shape[-1])}
             shapes |= {name: (count, *shape) for name, shape in frozen.feature_shapes.items()}

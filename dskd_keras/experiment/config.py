@@ -62,10 +62,11 @@ class ExperimentConfig:
         augment_on: Where batches are made. With device all training images lie in the memory of the
             accelerator, where the training step crops and mirrors them: the same bits, and nothing
             is copied in a step. For sets that fit there.
-        student_layers: The student's shallow layers that dskd supervises; auto is the last one of
-            each resolution before the last.
-        teacher_layer: The teacher's layer that supervises them, or one for each of them. Default:
-            the last feature map before the pooling.
+        student_layers: The student's layers that dskd supervises; auto is the last one of each
+            resolution.
+        teacher_layer: The teacher's layer that supervises them, or one for each of them. auto is
+            the teacher's last one of the same resolution, counted from the output; null is the last
+            feature map before the pooling.
         temperature: Softens the logits of teacher and student.
         label_weight: Coefficient of the loss on the labels.
         prediction_weight: Coefficient of the divergence of the student's output.
@@ -138,18 +139,18 @@ class ExperimentConfig:
     stream_workers: int | None = None
     augmentation: Literal["auto", "crop_flip", "crop", "resized_crop_flip", "none"] = "auto"
     augment_on: Literal["host", "device"] = "host"
-    student_layers: list[str] = dataclasses.field(default_factory=lambda: ["stage1", "stage2"])
-    teacher_layer: list[str] | str | None = None
+    student_layers: list[str] = dataclasses.field(default_factory=lambda: ["auto"])
+    teacher_layer: list[str] | str | None = "auto"
     temperature: float = 4.0
     label_weight: float = 1.0
     prediction_weight: float = 1.0
     deep_prediction_weight: float = 1.0
-    deep_feature_weight: float = 1.0
+    deep_feature_weight: float = 30.0
     deep_supervision: float = 1.0
     prediction_loss: PredictionLoss = "kl_divergence"
     feature_loss: FeatureLoss = "feature_mean_squared_error"
     head: Head = "separable"
-    weighting: Weighting = "softmax"
+    weighting: Weighting = "uniform"
     weighting_temperature: float = 1.0
     dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     epochs: int = 240

@@ -24,7 +24,7 @@ _BEFORE = {
     "stream": None, "cached_views": 0,
     "dtype_policy": "float32", "fold_teacher": False, "teacher_dtype": "float32",
     "prediction_loss": "kl_divergence", "feature_loss": "feature_mean_squared_error",
-    "head": "separable", "deep_supervision": 1.0,
+    "head": "separable", "deep_supervision": 1.0, "teacher_layer": None,
 }  # fmt: skip
 # Seconds between two looks at a lock that is waited for.
 _LOOK = 0.5

@@ -94,7 +94,7 @@ def ready_to_teach(run: Run, model: keras.Model) -> keras.Model:
     if not config.fold_teacher:
         return model
     layer = config.teacher_layer
-    keep = layer if isinstance(layer, list) else [] if layer is None else [layer]
+    keep = layer if isinstance(layer, list) else [] if layer in (None, "auto") else [layer]
     try:
         return fold_batch_norm(model, config.teacher_dtype, keep)
     except InputError as error:

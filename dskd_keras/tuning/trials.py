@@ -104,7 +104,8 @@ class Trials(BaseTuner):
         self._hypermodel = plan.hypermodel(search.config, run, teacher)
         self._cached: cached_targets.CachedTargets | None = None
         if teacher is not None and search.config.cached_views:
-            self._cached = cached_targets.obtain(run, teacher, search.config.cached_views)
+            layer = build.teacher_layers(run.config, teacher)
+            self._cached = cached_targets.obtain(run, teacher, search.config.cached_views, layer)
         self._has_asked = False
 
     def pre_create_trial(self) -> None:
