@@ -186,7 +186,7 @@ def test_losses_that_take_no_mask_are_refused_where_something_is_padded():
 
 def test_a_number_that_is_assigned_changes_the_compiled_step():
     x, y = small.images(6)
-    changed = make(temperature=2.0, deep_feature_weight=1.0)
+    changed = make(temperature=2.0)
     before = step(changed, x, y)  # compiles
     # One after the other, so that one program shows it of all of them. Only a small temperature
     # changes the loss by more than its rounding.
