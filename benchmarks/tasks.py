@@ -35,12 +35,14 @@ _JIT = False if keras.backend.backend() == "tensorflow" else "auto"
 
 _TEACHER_SEED = 1000
 
-# All with the distiller's defaults.
+# All with the distiller's defaults, but for the coefficient of DSKD's feature maps.
 METHODS = {
-    "alone": lambda task, teacher: dskd_keras.Distiller(None, task.student(), prediction_weight=0),
-    "kd": lambda task, teacher: dskd_keras.Distiller(teacher, task.student()),
-    "dskd": lambda task, teacher: dskd_keras.Distiller(
-        teacher, task.student(), task.student_layers
+    "alone": lambda task, teacher, _: dskd_keras.Distiller(
+        None, task.student(), prediction_weight=0
+    ),
+    "kd": lambda task, teacher, _: dskd_keras.Distiller(teacher, task.student()),
+    "dskd": lambda task, teacher, weight: dskd_keras.Distiller(
+        teacher, task.student(), task.student_layers, deep_feature_weight=weight
     ),
 }
 
@@ -81,6 +83,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     held_out: Literal["test", "validation"] = "test",
     json_file: str | None = None,
+    deep_feature_weight: float = 1.0,
 ):
     """Trains the students of five tasks alone, with KD and with DSKD.
 
@@ -89,10 +92,11 @@ def main(
         seeds: Of the student's initialisation and the order of the examples.
         held_out: What is measured on. The tasks were set up with the validation set and seed 100.
         json_file: Where to write the results too.
+        deep_feature_weight: Of DSKD's distiller. The default is the distiller's.
     """
     results = {}
     for name in [task] if task else TASKS:
-        results[name] = run(name, seeds, held_out)
+        results[name] = run(name, seeds, held_out, deep_feature_weight)
         # After each task: an interrupted run keeps what is done.
         timing.write_json(
             json_file,
@@ -100,6 +104,7 @@ def main(
                 "backend": keras.backend.backend(),
                 "held_out": held_out,
                 "seeds": list(seeds),
+                "deep_feature_weight": deep_feature_weight,
                 **timing.machine(),
                 "tasks": results,
             },
@@ -107,13 +112,14 @@ def main(
     Console(width=120).print(table(results, held_out))
 
 
-def run(name, seeds, held_out="test"):
+def run(name, seeds, held_out="test", deep_feature_weight=1.0):
     """Trains a task's teacher, and its student by every method with every seed.
 
     Args:
         name: Of the task.
         seeds: Those of the students.
         held_out: The split that is measured on.
+        deep_feature_weight: Of DSKD's distiller.
 
     Returns:
         A dict: what is measured, what the teacher reached and, for each method, what the students
@@ -137,7 +143,7 @@ def run(name, seeds, held_out="test"):
         for method, distiller in METHODS.items():
             # Here, so that the student begins with the same weights whatever the method.
             keras.utils.set_random_seed(seed)
-            model = distiller(task, teacher)
+            model = distiller(task, teacher, deep_feature_weight)
             students[method].append(trained(model, task.epochs, seed, f"seed {seed}, {method}"))
     return {
         "measure": task.measure,
