@@ -196,7 +196,8 @@ class Distiller(keras.Model):
     Attributes:
         student: The student: what to save once trained.
         teacher: The `FrozenTeacher`, None where no term needs it.
-        teacher_layer: The name of the teacher's layer that was chosen, or what was given.
+        teacher_layer: The name of the teacher's layer that was chosen, or a list with one for each
+            student layer; of several teachers what was given.
         student_layers: The names of the supervised layers, a tuple.
         student_with_heads: The functional model of the student with its auxiliary heads, which
             gives `heads.Outputs`.

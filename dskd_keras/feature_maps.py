@@ -179,9 +179,8 @@ def auto_student_layers(model: keras.Model, output: int = 0) -> list[str]:
         InputError: The model has one resolution, or unknown ones.
     """
     maps = FeatureMaps(model, output)
-    found = _last_of_each_resolution(maps)
-    if len(found) > 1:
-        return [maps.names[number] for number in found]
+    if found := _last_of_each_resolution(maps):
+        return found
     sizes = {maps.graph.positions(number) for number in maps.before_classifiers(maps.is_map)}
     if any(None in size for size in sizes):
         reason = "whose feature maps have unknown sizes"
@@ -213,11 +212,8 @@ def auto_teacher_layers(model: keras.Model, output: int = 0) -> list[str]:
     Raises:
         InputError: There is no feature map, or several could be the last.
     """
-    maps = FeatureMaps(model, output)
-    found = _last_of_each_resolution(maps)
-    if len(found) > 1:
-        return [maps.names[number] for number in found]
-    return [default_teacher_layer(model, output)]
+    found = _last_of_each_resolution(FeatureMaps(model, output))
+    return found or [default_teacher_layer(model, output)]
 
 
 def matching_teacher_layers(
@@ -271,9 +267,10 @@ def resolutions(maps: FeatureMaps) -> list[list[int]]:
     return [numbers for numbers in found if any(map(maps.has_kernel, numbers))]
 
 
-def _last_of_each_resolution(maps: FeatureMaps) -> list[int]:
-    """Returns the numbers of the last layers of each resolution, the first ones first."""
-    return sorted(_by_end(maps))
+def _last_of_each_resolution(maps: FeatureMaps) -> list[str]:
+    """Returns the names of the last layers of each resolution; none where there is one alone."""
+    ends = sorted(_by_end(maps))
+    return [maps.names[number] for number in ends] if len(ends) > 1 else []
 
 
 def _by_end(maps: FeatureMaps) -> dict[int, list[int]]:
