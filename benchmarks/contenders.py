@@ -10,6 +10,9 @@ from dskd_keras import data, models
 from dskd_keras.experiment import build, training
 from dskd_keras.teacher import FrozenTeacher
 
+# Of a residual network: the layers that the peers match, as many as DSKD supervises by default.
+_STAGES = ("stage1", "stage2", "stage3")
+
 
 class Pair:
     """A teacher and a student for random images, and the contenders that are made of them.
@@ -86,7 +89,7 @@ class Pair:
         return self._fit(self.distiller(self.teacher(dtype), ()), self.y)
 
     def keras_distillation(self, dtype=None):
-        """`keras.distillation.Distiller`: logits and two feature maps of equal shape."""
+        """`keras.distillation.Distiller`: logits, and each stage's feature map, as `torch_loop`."""
         from keras.distillation import Distiller, FeatureDistillation, LogitsDistillation
 
         losses = [
@@ -95,7 +98,7 @@ class Pair:
             ),
             *(
                 FeatureDistillation("mse", teacher_layer_name=name, student_layer_name=name)
-                for name in ("stage1", "stage2")
+                for name in _STAGES
             ),
         ]
         model = self._compiled(
@@ -108,7 +111,7 @@ class Pair:
         student = models.create(self.config.student, self.classes, self.shape)
         return all(
             student.get_layer(name).output.shape == self.plain.get_layer(name).output.shape
-            for name in ("stage1", "stage2")
+            for name in _STAGES
         )
 
     def augmented_batches(self):
