@@ -99,7 +99,7 @@ def read(name: str) -> Grid:
     if name not in names():
         raise unknown_name("name", name, names())
     content = _read(_HERE / "grids" / f"{name}.yaml", Grid)
-    content["scale"] = _read_scale(content["scale"])
+    content["scale"] = read_scale(content["scale"])
     grid = Grid(name=name, **content)
     if grid.measured_on not in ("validation", "test"):
         raise wrong("measured_on", grid.measured_on, "validation or test")
@@ -110,7 +110,7 @@ def read(name: str) -> Grid:
     return grid
 
 
-def _read_scale(name: str) -> Scale:
+def read_scale(name: str) -> Scale:
     content = _read(_HERE / "scales" / f"{name}.yaml", Scale)
     config = content["config"]
     if "pair" in config:
