@@ -164,7 +164,7 @@ def _files(scale: Scale, cell: Cell) -> dict[str, str]:
     found = {}
     if scale.classes > 1:
         found["dataset"] = str(dataset_file(scale))
-    if plan.configuration(scale, cell.fields).method != "ce":
+    if scale.trains_teacher() and plan.configuration(scale, cell.fields).method != "ce":
         found["teacher_weights"] = str(scale.teacher_weights())
     return found
 

@@ -32,6 +32,10 @@ class Scale:
     teacher: dict[str, Any]
     config: dict[str, Any]
 
+    def trains_teacher(self) -> bool:
+        """Returns whether the teacher is trained here, as its configuration names no weights."""
+        return self.config.get("teacher_weights") is None
+
     def teacher_weights(self) -> Path:
         """Returns where the trained teacher is kept."""
         return KEPT / self.name / f"{self.config['teacher']}.weights.h5"

@@ -14,7 +14,7 @@ def prepare(scale: Scale, threads: int, say: Callable[[str], object]) -> None:
     if scale.classes > 1 and not cells.dataset_file(scale).exists():
         say(f"Writing the images of every class whose label is a multiple of {scale.classes}.")
         _write_images(scale)
-    if not scale.teacher_weights().exists():
+    if scale.trains_teacher() and not scale.teacher_weights().exists():
         cell = plan.teacher_cell(scale)
         say(f"Training the teacher {scale.config['teacher']}.")
         cells.train(scale, cell, threads)
