@@ -1,6 +1,6 @@
 """Puts the teacher that a scale of the study trained into the package, with its card.
 
-    python -m benchmarks.pack_teacher whole resnet20_cifar100
+python -m benchmarks.pack_teacher whole resnet20_cifar100
 """
 
 import hashlib
@@ -51,7 +51,13 @@ def main(scale: str, name: str):
             f"weight decay {config.weight_decay}, seed {config.seeds[0]}; Keras "
             f"{kept['metrics']['versions']['keras']} on {kept['metrics']['backend']}"
         ),
-        "command": f"python -m benchmarks.study {scale}-claims",
+        "command": (
+            f"python train.py --teacher {config.student} --student {config.student} --method ce "
+            f"--dataset {config.dataset} --augmentation {config.augmentation} --epochs "
+            f"{config.epochs} --batch_size {config.batch_size} --learning_rate "
+            f"{config.learning_rate} --schedule {config.schedule} --weight_decay "
+            f"{config.weight_decay} --seeds {config.seeds[0]}"
+        ),
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     path = cards.FOLDER / f"{name}.json"

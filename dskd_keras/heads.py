@@ -256,31 +256,6 @@ class ConvolutionalHead(Head):
         return layers.Dense(channels, **self.named("projection"))(x)
 
 
-class TeacherClassifierHead(ConvolutionalHead):
-    """Projects like its parent, and classifies with the teacher's own classifier: under study.
-
-    As in SimKD (Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR
-    2022), the last dense layer of the teacher takes the average of the projected map. It is frozen.
-
-    Args:
-        teacher: A model whose classifier is a global average and a dense layer.
-    """
-
-    def __init__(self, teacher: keras.Model) -> None:
-        dense = [layer for layer in teacher.layers if isinstance(layer, layers.Dense)]
-        self._weights = dense[-1].get_weights()
-
-    def classify(
-        self, x: keras.KerasTensor, num_classes: int, mask: Any = None
-    ) -> keras.KerasTensor:
-        """Returns the teacher's logits of an averaged map, `[B, C]`."""
-        classifier = layers.Dense(num_classes, **{**self.named("logits"), "dtype": "float32"})
-        logits = classifier(x)
-        classifier.set_weights(self._weights)
-        classifier.trainable = False
-        return logits
-
-
 def _activated(layer: Any, x: keras.KerasTensor, mask: Any, dtype: Any) -> keras.KerasTensor:
     """Returns what a layer makes of a map, normalised over the batch and rectified."""
     norm = layers.BatchNormalization(

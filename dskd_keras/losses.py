@@ -89,33 +89,6 @@ class KLDivergence(_OnLogits):
 
 
 @keras.saving.register_keras_serializable("dskd_keras")
-class KLDivergenceWithLabels(KLDivergence):
-    """`KLDivergence` plus the cross-entropy on the labels: deep supervision by both, under study.
-
-    With `label_weight=0` the student's output has the usual objective, and the heads have the same.
-
-    Args, shapes and errors: As in `KLDivergence`. `label` holds class indices `[B]`.
-    """
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        reduction: str | None = "sum_over_batch_size",
-        name: str = "kl_divergence_with_labels",
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(temperature, reduction, name, dtype)
-
-    def call(self, y_true: Any, y_pred: Any, temperature: Any = None, label: Any = None) -> Any:
-        """Returns the sum of both for each image, `[B]`."""
-        is_target = ops.cast(
-            _is_target(label, y_pred), keras.backend.standardize_dtype(y_pred.dtype)
-        )
-        of_labels = -ops.sum(is_target * ops.log_softmax(y_pred, axis=-1), axis=-1)
-        return super().call(y_true, y_pred, temperature) + of_labels
-
-
-@keras.saving.register_keras_serializable("dskd_keras")
 class BinaryKLDivergence(_OnLogits):
     """Kullback-Leibler divergence of independent labels, each with one logit.
 

@@ -115,6 +115,11 @@ def read(name: str) -> Grid:
 
 
 def read_scale(name: str) -> Scale:
+    """Reads a scale.
+
+    Raises:
+        InputError: Its file is not what it should be.
+    """
     content = _read(_HERE / "scales" / f"{name}.yaml", Scale)
     config = content["config"]
     if "pair" in config:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from dskd_keras import data, graph, heads, losses, models, weighting
+from dskd_keras import data, graph, models, weighting
 from dskd_keras.distiller import Distiller
 from dskd_keras.errors import InputError
 from dskd_keras.experiment import device_images
@@ -131,11 +131,6 @@ def distiller(
         to_train: With the training images, where they are to lie on the device.
     """
     settings = distiller_settings(run.config)
-    # Under study: what loses there goes, what wins gets a name of its own.
-    if settings["head"] == "teacher_classifier":
-        settings["head"] = heads.TeacherClassifierHead(teacher)
-    if settings["prediction_loss"] == "kl_divergence_with_labels":
-        settings["prediction_loss"] = losses.KLDivergenceWithLabels(run.config.temperature)
     if to_train and run.config.augment_on == "device":
         images = device_images.DeviceImages(run.dataset)
         return device_images.DeviceDistiller(teacher, student, images=images, **settings)

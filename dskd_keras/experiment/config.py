@@ -13,14 +13,13 @@ from dskd_keras.models import catalog
 
 Weighting = Literal["softmax", "proportional", "inverse", "uniform", "relative"]
 PredictionLoss = Literal[
-    "kl_divergence", "kl_divergence_with_labels", "decoupled_kl_divergence", "dist",
-    "standardized_kl_divergence",
-]  # fmt: skip
+    "kl_divergence", "decoupled_kl_divergence", "dist", "standardized_kl_divergence"
+]
 FeatureLoss = Literal[
     "feature_mean_squared_error", "feature_normalized_mean_squared_error", "cosine_features",
     "attention_transfer",
 ]  # fmt: skip
-Head = Literal["separable", "pointwise", "convolutional", "teacher_classifier"]
+Head = Literal["separable", "pointwise", "convolutional"]
 # What NumPy and the backends take for a seed.
 MOST_SEED = 2**32 - 1
 _MOST_SEEDS = 1000
@@ -75,10 +74,8 @@ class ExperimentConfig:
         deep_supervision: Share of the training in which the shallow layers are supervised; below 1
             their two coefficients fall to 0 linearly until then.
         prediction_loss: What compares logits: a loss of dskd_keras.losses.
-            kl_divergence_with_labels is under study and may go; it wants label_weight 0.
         feature_loss: What compares feature maps.
-        head: What sits on a supervised layer while the student is trained. teacher_classifier is
-            under study and may go.
+        head: What sits on a supervised layer while the student is trained.
         weighting: How the shallow layers share those two coefficients: softmax, proportional,
             inverse, uniform, or relative to what each layer's loss was on average so far.
         weighting_temperature: Of the softmax weighting: a smaller one gives more to the largest
