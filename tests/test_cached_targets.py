@@ -40,6 +40,13 @@ def cache(dataset, folder, views=3, teacher=None, **fields):
     return cached_targets.compute(run, teacher, views, folder, layer)
 
 
+@pytest.mark.once
+def test_plain_distillation_keeps_logits_alone(dataset, tmp_path):
+    cached = cache(dataset, tmp_path, views=1, method="kd")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logits-000.npy"]
+    assert cached.outputs(0, np.arange(4), ["logits"])["logits"].shape == (4, 3)
+
+
 @pytest.mark.parametrize("layers", ["auto", None, ["stage1", "stage2"]])
 def test_cached_outputs_are_the_teachers(dataset, tmp_path, layers):
     teacher = convnet("teacher", 6)

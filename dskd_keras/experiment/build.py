@@ -111,10 +111,10 @@ def distiller_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 def teacher_layers(config: ExperimentConfig, teacher: keras.Model) -> list[str] | str | None:
     """Returns what `FrozenTeacher` takes to have all maps that any student layers may need."""
+    if config.method != "dskd":
+        return []
     if config.teacher_layer != "auto":
         return config.teacher_layer
-    if config.method != "dskd":
-        return None
     found = graph.auto_teacher_layers(teacher)
     return found if len(found) > 1 else None
 

@@ -107,7 +107,7 @@ def obtain(
 ) -> CachedTargets:
     """Reads the outputs for all views, after running the teacher over those that are missing.
 
-    `layer` is that of `FrozenTeacher`.
+    `layer` is that of `FrozenTeacher`; of an empty list there are logits alone.
 
     They lie under `teacher_dir`, in a folder whose name holds their key. A view's files are renamed
     when they are whole, so that what a killed process leaves is never taken for outputs, and the

@@ -50,7 +50,8 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
             student = distiller.student
             batches = None
             if config.cached_views and teacher is not None:
-                layer = getattr(distiller.teacher, "layer", None)
+                frozen = distiller.teacher
+                layer = frozen.layer if frozen is not None and frozen.feature_names else []
                 cached = cached_targets.obtain(run, teacher.model, config.cached_views, layer)
                 batches = cached.batches(run, distiller, seed)
             trained = training.train(run, distiller, seed, folder, batches)
