@@ -42,7 +42,7 @@ def main(
     """Runs everything, and writes the tables.
 
     Args:
-        backends: Which. Default: jax and torch.
+        backends: A list such as [jax]. Default: [jax, torch].
         pair: A file of configs/.
         dataset: For the short distillations.
         epochs: Of the teacher and of the student in each of them.
