@@ -179,6 +179,23 @@ def test_the_command_line_has_the_names_that_the_package_has():
     assert {*typing.get_args(config_module.Weighting)} == {*weighting.names()}
 
 
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        ((), []),
+        (("--deep_feature_weight", "3", "--head", "pointwise"), []),
+        (("--method", "kd", "--temperature", "3"), []),
+        (("--method", "kd", "--deep_feature_weight", "3"), ["deep_feature_weight"]),
+        (("--method", "kd", "--student_layers", "stage1"), ["student_layers"]),
+        (("--method", "ce", "--temperature", "3"), ["temperature"]),
+        (("--weighting_temperature", "2"), ["weighting_temperature"]),
+        (("--weighting_temperature", "2", "--weighting", "softmax"), []),
+    ],
+)
+def test_what_the_method_passes_over_is_known(flags, unused):
+    assert read(*PAIR, *flags).unused() == unused
+
+
 def test_one_teacher_layer_or_one_for_each(tmp_path):
     assert read(*PAIR, "--teacher_layer", "stage3").teacher_layer == "stage3"
     each = ["stage1", "stage2"]

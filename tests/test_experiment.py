@@ -526,6 +526,7 @@ def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
             "augment_on: device, but cached_views is 2: the views are made once, on the host. Set",
         ),
         (["--devices", "2", "--cached_views", "2"], "devices: 2, but cached_views is 2: each step"),
+        (["--cached_views", "300"], "cached_views: 300, but epochs is "),
         (["--checkpoint_steps", "0"], "checkpoint_steps: 0 should be a whole number of at least 1"),
         (
             ["--export", "tflite"],

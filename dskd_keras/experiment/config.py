@@ -9,7 +9,7 @@ import yaml
 from dskd_keras import checks
 from dskd_keras.data import kinds
 from dskd_keras.errors import InputError, wrong
-from dskd_keras.models import catalog
+from dskd_keras.models import cards, catalog
 
 Weighting = Literal["softmax", "proportional", "inverse", "uniform", "relative"]
 PredictionLoss = Literal[
@@ -30,6 +30,12 @@ _MOST_PIXELS = 10_000
 _MOST_WORKERS = 1_000
 # Of epochs, images and so on: the number of all steps has to fit into 64 bits.
 _MOST = 2**31 - 1
+# What kd does not read; and what ce does not read either.
+_OF_LAYERS = (
+    "student_layers", "teacher_layer", "deep_prediction_weight", "deep_feature_weight",
+    "deep_supervision", "feature_loss", "head", "weighting", "weighting_temperature",
+)  # fmt: skip
+_OF_TEACHER = ("temperature", "prediction_weight", "prediction_loss")
 PATHS = ("dataset", "data_dir", "teacher_weights", "teacher_dir", "run_dir")
 
 
@@ -99,7 +105,8 @@ class ExperimentConfig:
         weight_decay: Added to the gradient, as in PyTorch's SGD.
         seeds: A run for each; all share the teacher.
         teacher_weights: A .keras or .weights.h5 file, or a published PyTorch checkpoint (.pth), to
-            load instead of training the teacher.
+            load instead of training the teacher; or pretrained: and the name of a model that this
+            package holds, such as pretrained:resnet20_cifar100.
         teacher_epochs: Epochs of a teacher that has to be trained. Default: as many as the student.
         teacher_learning_rate: Of such a teacher. Default: the student's.
         teacher_seed: Seed of such a teacher.
@@ -180,6 +187,7 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         for field in ("teacher", "student"):
             catalog.check_name(field, getattr(self, field))
+        self._check_pretrained()
         self.check_whole(
             1, "epochs", "batch_size", "train_examples", "teacher_epochs", "checkpoint_steps",
             "steps_per_execution",
@@ -272,6 +280,41 @@ class ExperimentConfig:
             raise InputError(
                 f"cached_views: {self.cached_views}, but method ce has no teacher. Set it to 0."
             )
+        if self.cached_views > self.epochs:
+            raise InputError(
+                f"cached_views: {self.cached_views}, but epochs is {self.epochs}, and each epoch "
+                "shows one view. Take no more views than epochs."
+            )
+
+    def _check_pretrained(self) -> None:
+        if (card := self._card()) is None:
+            return
+        if card.architecture != catalog.check_name("teacher", self.teacher):
+            raise InputError(
+                f"teacher_weights: {self.teacher_weights} is a {card.architecture}, but teacher is "
+                f"{self.teacher}. Choose teacher {card.architecture}, or other weights."
+            )
+
+    def _card(self) -> cards.Card | None:
+        if self.teacher_weights is None or not str(self.teacher_weights).startswith(cards.PREFIX):
+            return None
+        name = self.teacher_weights.removeprefix(cards.PREFIX)
+        return cards.pretrained_card(name, field="teacher_weights")
+
+    def teacher_file(self) -> Path | None:
+        """Returns the file of the teacher's weights, None where it has to be trained."""
+        if (card := self._card()) is not None:
+            return card.weights()
+        return None if self.teacher_weights is None else Path(self.teacher_weights)
+
+    def unused(self) -> list[str]:
+        """Returns the fields that are not at their default although the method passes over them."""
+        of_method = {"dskd": (), "kd": _OF_LAYERS, "ce": (*_OF_LAYERS, *_OF_TEACHER)}
+        names = [*of_method[self.method]]
+        if self.method == "dskd" and self.weighting != "softmax":
+            names.append("weighting_temperature")
+        default = type(self)(self.teacher, self.student)
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
     def check_whole(self, least: int, *fields: str, most: int = _MOST) -> None:
         """Raises `InputError` unless the fields are null or whole numbers in these bounds."""
@@ -288,7 +331,8 @@ class ExperimentConfig:
 
     def check_teacher_file(self) -> None:
         """Raises `InputError` where the teacher's weights are named and missing."""
-        if self.teacher_weights is not None and not Path(self.teacher_weights).is_file():
+        file = self.teacher_file()
+        if file is not None and not file.is_file():
             raise InputError(f"teacher_weights: there is no file '{self.teacher_weights}'.")
 
     def folder(self) -> Path:

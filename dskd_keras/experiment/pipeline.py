@@ -39,6 +39,8 @@ def run(
         run_folder.finished_result(config, folder)  # refuses one of another configuration
     for format in config.export:
         export.check_available(format)
+    if unused := config.unused():
+        console.print(f"Note: this configuration makes no use of {', '.join(unused)}.")
     found = devices.find(config)
     training.check_backend(config, found)
     run = Run(config, build.load_data(config, console), console, command, found)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -51,7 +52,9 @@ def train(run: Run, teacher: MeasuredTeacher | None, seed: int, folder: Path) ->
             batches = None
             if config.cached_views and teacher is not None:
                 frozen = distiller.teacher
-                layer = frozen.layer if frozen is not None and frozen.feature_names else []
+                layer: Any = []
+                if frozen is not None and frozen.feature_names:
+                    layer = frozen.layer
                 cached = cached_targets.obtain(run, teacher.model, config.cached_views, layer)
                 batches = cached.batches(run, distiller, seed)
             trained = training.train(run, distiller, seed, folder, batches)

@@ -102,21 +102,21 @@ def ready_to_teach(run: Run, model: keras.Model) -> keras.Model:
         raise InputError(f"{'teacher_' if about_dtype else 'fold_teacher: '}{error}") from None
 
 
-def load(run: Run) -> tuple[keras.Model, Path, dict[str, Any]]:
+def load(run: Run) -> tuple[keras.Model, str, dict[str, Any]]:
     """Loads the teacher, or trains and keeps it.
 
     Returns:
-        The model, its file, and what is known of its training, fields of `RunResult`.
+        The model, the name of its weights, and what is known of its training: fields of
+        `RunResult`.
 
     Raises:
         InputError: Its file can't be used.
     """
     config = run.config
     model = build.create_teacher(run)
-    if config.teacher_weights is not None:
-        path = Path(config.teacher_weights)
-        saved_models.load_weights("teacher_weights", path, model)
-        return model, path, {}
+    if (file := config.teacher_file()) is not None:
+        saved_models.load_weights("teacher_weights", file, model)
+        return model, str(config.teacher_weights), {}
     wanted = recipe(run)
     key = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=6).hexdigest()
     name = f"{wanted['model']}-{Path(run.dataset.name).stem}-{key}.keras"
@@ -126,7 +126,7 @@ def load(run: Run) -> tuple[keras.Model, Path, dict[str, Any]]:
     # Also those of a process that was killed after it had saved the teacher.
     CheckpointFolder(path.with_suffix("") / "checkpoints").clear()
     saved_models.load_weights("teacher_dir", path, model)
-    return model, path, saved_models.read_notes(path)["result"]
+    return model, str(path), saved_models.read_notes(path)["result"]
 
 
 def recipe(run: Run) -> dict[str, Any]:

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING
 from dskd_keras._lazy import attach
 
 if TYPE_CHECKING:
+    from dskd_keras.models.cards import pretrained_card, pretrained_names
     from dskd_keras.models.catalog import names
     from dskd_keras.models.torch_weights import load_torch_weights
+    from dskd_keras.models.trained import pretrained
     from dskd_keras.models.zoo import create
 
-__all__ = ["create", "load_torch_weights", "names"]
+__all__ = [
+    "create", "load_torch_weights", "names", "pretrained", "pretrained_card", "pretrained_names",
+]  # fmt: skip
 
 __getattr__, __dir__ = attach(
-    __name__, {"create": "zoo", "load_torch_weights": "torch_weights", "names": "catalog"}
-)
+    __name__,
+    {
+        "create": "zoo", "load_torch_weights": "torch_weights", "names": "catalog",
+        "pretrained": "trained", "pretrained_card": "cards", "pretrained_names": "cards",
+    },
+)  # fmt: skip
