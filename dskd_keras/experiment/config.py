@@ -280,6 +280,9 @@ class ExperimentConfig:
             raise InputError(
                 f"cached_views: {self.cached_views}, but method ce has no teacher. Set it to 0."
             )
+
+    def check_views(self) -> None:
+        """Raises `InputError` where a run (not the trials of a search) would not show all views."""
         if self.cached_views > self.epochs:
             raise InputError(
                 f"cached_views: {self.cached_views}, but epochs is {self.epochs}, and each epoch "

@@ -34,6 +34,7 @@ def run(
     """
     console = console or report.console()
     config.check_files()
+    config.check_views()
     folders = {seed: config.seed_folder(seed) for seed in config.seeds}
     for folder in folders.values():
         run_folder.finished_result(config, folder)  # refuses one of another configuration
