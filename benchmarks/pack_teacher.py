@@ -1,6 +1,8 @@
 """Puts the teacher that a scale of the study trained into the package, with its card.
 
-python -m benchmarks.pack_teacher whole resnet20_cifar100
+    python -m benchmarks.pack_teacher whole resnet20_cifar100
+
+The scale's file then names these weights; without that line the study trains the teacher again.
 """
 
 import hashlib

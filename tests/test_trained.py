@@ -46,12 +46,14 @@ def test_the_accuracy_on_the_card_is_that_of_the_file():
     assert abs(np.mean(found == dataset.y_test[:2000]) - card.test_accuracy) < 0.05
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow",
+    reason="TensorFlow has no channels_first convolutions on every processor",
+)
 def test_both_layouts_give_the_same_logits():
     images = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype("float32")
     one = models.pretrained("resnet20_cifar100")
     expected = keras.ops.convert_to_numpy(one(images))
-    if keras.backend.backend() == "tensorflow":
-        pytest.skip("TensorFlow has no channels_first convolutions on every processor")
     keras.config.set_image_data_format("channels_first")
     try:
         other = models.pretrained("resnet20_cifar100")
@@ -69,8 +71,14 @@ def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
             content[-1000] ^= 1
         (tmp_path / path.name).write_bytes(content)
     monkeypatch.setattr(cards, "FOLDER", tmp_path)
-    with pytest.raises(dskd_keras.InputError, match=r"resnet20_cifar100\.weights\.h5' is not the"):
-        models.pretrained("resnet20_cifar100")
+    config = ExperimentConfig("resnet20", "resnet8", teacher_weights="pretrained:resnet20_cifar100")
+    for _ in ("damaged", "missing"):
+        said = r": '.*resnet20_cifar100\.weights\.h5' is not the"
+        with pytest.raises(dskd_keras.InputError, match="^name" + said):
+            models.pretrained("resnet20_cifar100")
+        with pytest.raises(dskd_keras.InputError, match="^teacher_weights" + said):
+            config.check_teacher_file()
+        (tmp_path / "resnet20_cifar100.weights.h5").unlink(missing_ok=True)
 
 
 @pytest.mark.once

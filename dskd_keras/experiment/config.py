@@ -307,7 +307,7 @@ class ExperimentConfig:
     def teacher_file(self) -> Path | None:
         """Returns the file of the teacher's weights, None where it has to be trained."""
         if (card := self._card()) is not None:
-            return card.weights()
+            return card.weights(field="teacher_weights")
         return None if self.teacher_weights is None else Path(self.teacher_weights)
 
     def unused(self) -> list[str]:

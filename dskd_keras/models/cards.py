@@ -44,16 +44,19 @@ class Card:
     command: str
     sha256: str
 
-    def weights(self) -> Path:
+    def weights(self, *, field: str = "name") -> Path:
         """Returns the file of the weights.
 
+        Args:
+            field: What an error calls the card. Defaults to `"name"`.
+
         Raises:
-            InputError: It is damaged.
+            InputError: It is missing or damaged.
         """
         path = FOLDER / f"{self.name}.weights.h5"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
             raise InputError(
-                f"name: '{path}' is not the file that was packed. Install the package again."
+                f"{field}: '{path}' is not the file that was packed. Install the package again."
             )
         return path
 
