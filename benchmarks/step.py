@@ -128,7 +128,7 @@ def main(
         "pair": pair,
         "backend": keras.backend.backend(),
         "data_format": keras.config.image_data_format(),
-        "device": _device(),
+        "device": timing.device(),
         "batch_size": batch_size,
         "rounds": rounds,
         "steps": steps,
@@ -192,26 +192,6 @@ def _memory_of(name, pair, batch_size, half, data_format):
         return json.loads(file.read_text())["contenders"][name]["peak_memory_mib"]
     finally:
         file.unlink(missing_ok=True)
-
-
-def _device():
-    """Returns the accelerator's name, "cpu" where there is none."""
-    import keras
-
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        found = tf.config.list_physical_devices("GPU")
-        return (
-            tf.config.experimental.get_device_details(found[0])["device_name"] if found else "cpu"
-        )
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.devices()[0].device_kind
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _device_peak():

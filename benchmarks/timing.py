@@ -124,6 +124,26 @@ def machine():
     }
 
 
+def device():
+    """Returns the accelerator's name, "cpu" where there is none."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        found = tf.config.list_physical_devices("GPU")
+        return (
+            tf.config.experimental.get_device_details(found[0])["device_name"] if found else "cpu"
+        )
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def write_json(path, result):
     """Writes a result to a file, if one is asked for."""
     if path is not None:

@@ -141,16 +141,16 @@ def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
             "image_size": 16,
         },
     )
-    said = []
-    preparation.prepare(scale, 1, said.append)
+    said, machine = [], cells.Machine(on_device=True)
+    preparation.prepare(scale, grid.all_cells(), machine, 1, said.append)
     assert scale.teacher_weights().stat().st_size < 400_000
     (cell,) = [cell for cell in grid.all_cells() if (cell.name, cell.seed) == ("dskd", 1)]
-    assert cells.run(scale, [cell], 1, 1, said.append) == []
+    assert cells.run(scale, [cell], machine, 1, 1, said.append) == []
     kept = cells.read(cell.kept(scale))
     assert len(kept["history"]["val_accuracy"]) == 2 and kept["metrics"]["epochs"] == 2
     assert kept["validation_accuracy"] == pytest.approx(kept["history"]["val_accuracy"][-1])
     config = yaml.safe_load((tmp_path / "work" / scale.name / "dskd-1/wanted.yaml").read_text())
     assert config["teacher_weights"] == str(scale.teacher_weights())
     before = cell.kept(scale).stat().st_mtime_ns
-    assert cells.run(scale, [cell], 1, 1, said.append) == []
+    assert cells.run(scale, [cell], machine, 1, 1, said.append) == []
     assert cell.kept(scale).stat().st_mtime_ns == before and "0 are to be trained" in said[-1]

@@ -23,6 +23,9 @@ def main(
     threads: PositiveInt = 1,
     only: str | None = None,
     most: NonNegativeInt | None = None,
+    images: str | None = None,
+    on_device: bool = False,
+    steps_per_execution: PositiveInt = 1,
     smoke: bool = False,
 ):
     """Trains what is missing of a grid and writes its table, picture and JSON.
@@ -34,6 +37,10 @@ def main(
             two.
         only: Names of cells, separated by ; to train no others.
         most: Train so many at most; 0 writes the table of what is there.
+        images: An .npz file that holds the images of the scale's data set, for a machine without
+            TensorFlow Datasets.
+        on_device: true makes the batches on the accelerator: the same bits.
+        steps_per_execution: As for train.py: the same numbers.
         smoke: true trains every cell for two steps in a temporary folder and keeps nothing: does it
             run?
     """
@@ -55,8 +62,9 @@ def main(
         left = [cell for cell in chosen if not cells.is_kept(grid.scale, cell)][:most]
         failed = []
         if left:
-            preparation.prepare(grid.scale, at_once * threads, console.print)
-            failed = cells.run(grid.scale, left, at_once, threads, console.print)
+            machine = cells.Machine(images, on_device, int(steps_per_execution))
+            preparation.prepare(grid.scale, left, machine, at_once * threads, console.print)
+            failed = cells.run(grid.scale, left, machine, at_once, threads, console.print)
         rows = evidence.rows(grid)
         console.print(tables.table(grid, rows))
         for path in [] if smoke else tables.write(grid, rows):

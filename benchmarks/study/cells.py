@@ -31,6 +31,22 @@ _PLACES = (
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(plan.ExperimentConfig)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a machine needs to be said and no number depends on.
+
+    Attributes:
+        images: An .npz file with the images of the scale's data set; None where it can be loaded by
+            its name.
+        on_device: Make the batches on the accelerator.
+        steps_per_execution: Steps that run together.
+    """
+
+    images: str | None = None
+    on_device: bool = False
+    steps_per_execution: int = 1
+
+
 class CellFailed(RuntimeError):
     """A cell's process ended with an error; the message is the end of what it said."""
 
@@ -62,13 +78,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def run(
-    scale: Scale, cells: Sequence[Cell], at_once: int, threads: int, say: Callable[[str], object]
+    scale: Scale,
+    cells: Sequence[Cell],
+    machine: Machine,
+    at_once: int,
+    threads: int,
+    say: Callable[[str], object],
 ) -> list[tuple[Cell, str]]:
     """Trains the cells that are not kept yet.
 
     Args:
         scale: Of the cells.
         cells: In the order in which they are begun.
+        machine: This one.
         at_once: How many are trained side by side.
         threads: Threads of each.
         say: Called with a line of text now and then.
@@ -80,7 +102,7 @@ def run(
     say(f"{len(cells) - len(left)} of {len(cells)} cells are kept, {len(left)} are to be trained.")
     failed, start = [], time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(train, scale, cell, threads): cell for cell in left}
+        running = {pool.submit(train, scale, cell, machine, threads): cell for cell in left}
         try:
             for done, future in enumerate(as_completed(running), start=1):
                 cell = running[future]
@@ -107,7 +129,7 @@ def _line(kept: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def train(scale: Scale, cell: Cell, threads: int) -> dict[str, Any]:
+def train(scale: Scale, cell: Cell, machine: Machine, threads: int) -> dict[str, Any]:
     """Trains one cell, or goes on with it, and keeps what came of it.
 
     Returns:
@@ -124,7 +146,7 @@ def train(scale: Scale, cell: Cell, threads: int) -> dict[str, Any]:
         seeds=[cell.seed],
         run_dir=str(folder),
         resume=True,
-        **_files(scale, cell),
+        **_places(scale, cell, machine),
     )
     wanted = folder / "wanted.yaml"
     files.write_text(wanted, config.to_yaml())
@@ -159,9 +181,13 @@ def student_file(scale: Scale, cell: Cell) -> Path:
     )
 
 
-def _files(scale: Scale, cell: Cell) -> dict[str, str]:
-    """Returns the fields that say where things are on this machine."""
-    found = {}
+def _places(scale: Scale, cell: Cell, machine: Machine) -> dict[str, Any]:
+    """Returns the fields that say where things are and happen on this machine."""
+    found: dict[str, Any] = {"steps_per_execution": machine.steps_per_execution}
+    if machine.on_device:
+        found["augment_on"] = "device"
+    if machine.images is not None:
+        found["dataset"] = machine.images
     if scale.classes > 1:
         found["dataset"] = str(dataset_file(scale))
     if scale.trains_teacher() and plan.configuration(scale, cell.fields).method != "ce":
@@ -203,6 +229,7 @@ def _kept(scale: Scale, cell: Cell, folder: Path) -> dict[str, Any]:
         "metrics": {name: getattr(metrics, name) for name in names},
         "processor": machine["processor"],
         "vector_instructions": machine["vector instructions"],
+        "device": timing.device(),
         "history": history,
     }
 

@@ -1,30 +1,39 @@
 """What the cells of a scale need before the first of them: images, and a trained teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from benchmarks.study import cells, plan
-from benchmarks.study.plan import Scale
+from benchmarks.study.plan import Cell, Scale
 from dskd_keras import data, files
 
 
-def prepare(scale: Scale, threads: int, say: Callable[[str], object]) -> None:
-    """Makes the images and trains the teacher of a scale, unless they are there."""
+def prepare(
+    scale: Scale,
+    left: Sequence[Cell],
+    machine: cells.Machine,
+    threads: int,
+    say: Callable[[str], object],
+) -> None:
+    """Makes the images and the teacher that the cells need, unless they are there."""
     if scale.classes > 1 and not cells.dataset_file(scale).exists():
         say(f"Writing the images of every class whose label is a multiple of {scale.classes}.")
-        _write_images(scale)
-    if scale.trains_teacher() and not scale.teacher_weights().exists():
+        _write_images(scale, machine)
+    taught = any(plan.configuration(scale, cell.fields).method != "ce" for cell in left)
+    if taught and scale.trains_teacher() and not scale.teacher_weights().exists():
         cell = plan.teacher_cell(scale)
         say(f"Training the teacher {scale.config['teacher']}.")
-        cells.train(scale, cell, threads)
+        cells.train(scale, cell, machine, threads)
         _keep_teacher(scale, cells.student_file(scale, cell))
 
 
-def _write_images(scale: Scale) -> None:
+def _write_images(scale: Scale, machine: cells.Machine) -> None:
     path = cells.dataset_file(scale)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = data.load(scale.config["dataset"], data_dir=scale.config.get("data_dir"))
+    whole = data.load(
+        machine.images or scale.config["dataset"], data_dir=scale.config.get("data_dir")
+    )
     content = {"class_names": np.array(whole.class_names[:: scale.classes])}
     for part in ("train", "test"):
         images, labels = getattr(whole, f"x_{part}"), getattr(whole, f"y_{part}")
