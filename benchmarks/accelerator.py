@@ -71,8 +71,11 @@ def _work(backend, pair, dataset, epochs, tests, smoke, small):
     """Yields what is run: a name, its arguments for Python, and the metrics that it leaves."""
     if tests:
         files = ["tests/test_weighting.py"] if smoke else ["tests"]
-        yield "tests", ["-m", "pytest", "-q", "-x" if smoke else "--maxfail=20", *files], None
-    few = ["--rounds", "1", "--steps", "1", "--memory", "false"] if smoke else []
+        side_by_side = [] if smoke else ["-n", str(max(1, len(os.sched_getaffinity(0)) - 1))]
+        yield "tests", ["-m", "pytest", "-q", *side_by_side, *files], None
+    # A step takes milliseconds there.
+    few = ["--steps", "20"]
+    few = ["--rounds", "1", "--steps", "1", "--memory", "false"] if smoke else few
     kept = ["--json_file", f"benchmarks/results/{pair}-{backend}-accelerator.json"]
     kept = [] if smoke else kept
     yield "step", ["-m", "benchmarks.step", "--pair", pair, "--backend", backend, *few, *kept], None
@@ -98,6 +101,8 @@ def _run(console, backend, name, command):
         "KERAS_BACKEND": backend,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    if name == "tests":  # they compare with NumPy, in full single precision
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
     start = time.perf_counter()
     with open(log, "w") as file:
         status = subprocess.run(

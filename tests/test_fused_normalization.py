@@ -25,11 +25,12 @@ def trained(layer, x, gradient, how="graph"):
     if BACKEND == "torch":
         import torch
 
-        x = torch.tensor(x, dtype=getattr(torch, layer.compute_dtype), requires_grad=True)
+        # On the device of the layer's weights.
+        x = keras.ops.convert_to_tensor(x, layer.compute_dtype).requires_grad_()
         y = layer(x, training=True)
-        total = (y.float() * torch.tensor(gradient)).sum()
+        total = (y.float() * keras.ops.convert_to_tensor(gradient, "float64")).sum()
         results = [y, *torch.autograd.grad(total, [x, *parameters])]
-        results = [value.detach().float().numpy().astype("float64") for value in results]
+        results = [value.detach().float().cpu().numpy().astype("float64") for value in results]
     else:
         import tensorflow as tf
 
