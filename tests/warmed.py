@@ -28,8 +28,8 @@ class Warmed:
     """The process, to be asked; a context."""
 
     def __enter__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                       "CUDA_VISIBLE_DEVICES": ""}  # a fork could not use it
+        of_forks = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # they can't use a GPU
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **of_forks}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
