@@ -323,7 +323,6 @@ class Distiller(keras.Model):
             student,
             supervised,
             freezing.head_shapes(self.teacher, names, student, self._output, len(supervised)),
-            freezing.class_shape(self.teacher),
             predictions="prediction" in deep,
             features="feature" in deep,
             head=self._head,

@@ -198,14 +198,3 @@ def head_shapes(
     own = graph.default_teacher_layer(student, output.index)
     (tensor,) = graph.tap("student_layers", student, [own]).tensors
     return [tuple(graph.channels_last(tensor).shape[1:])] * count
-
-
-def class_shape(frozen: FrozenTeacher | FunctionTeacher | Ensemble | None) -> Any:
-    """Returns the shape of the map by which a teacher classifies, None where it is not known.
-
-    Heads that are compared with a shallow map of the teacher's could not classify by it.
-    """
-    # A single layer for all was named for all that heads do.
-    if not isinstance(frozen, FrozenTeacher) or isinstance(frozen.layer, str):
-        return None
-    return frozen.class_shape

@@ -118,12 +118,6 @@ class Head:
         head._dtype = dtype
         return head
 
-    def apart(self, part: str) -> "Head":
-        """Returns this head for another projection of the same layer: its layers' names differ."""
-        head = copy.copy(self)
-        head._prefix = self.named(part)["name"]
-        return head
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this head."""
         return {}
@@ -346,7 +340,6 @@ def attach(
     student: keras.Model,
     names: Sequence[str],
     teacher_shapes: Sequence[Sequence[int | None]],
-    class_shape: Sequence[int | None] | None = None,
     predictions: bool = True,
     features: bool = True,
     head: Head | None = None,
@@ -361,9 +354,6 @@ def attach(
         names: Those of the shallow layers.
         teacher_shapes: For each of them the shape of the teacher's map without the batch, channels
             last.
-        class_shape: Likewise that of the map by which the teacher classifies, where the heads'
-            classifiers of `[B, C]` look at a projection to it. By default they look at the one
-            that is compared.
         predictions: Whether heads get a classifier.
         features: Whether the projected maps are outputs.
         head: Defaults to `SeparableHead`.
@@ -387,25 +377,16 @@ def attach(
         counts = _of_positions(own, of_input, x)
         if counts is not None:
             x = _without_padding(x, counts)
-        apart = class_shape is not None and tuple(class_shape) != tuple(shape)
-        apart = apart and len(logits.shape) == 2
+        x = _called(of_layer.project, counts, x, shape)
+        counts = counts if len(x.shape) > 2 else None
         if predictions:
-            by = of_layer.apart("class") if apart else of_layer
-            seen = _called(by.project, counts, x, class_shape if apart else shape)
-            deep_logits[name] = _classified(of_layer, name, seen, _left(counts, seen), logits)
+            deep_logits[name] = _classified(of_layer, name, x, counts, logits)
         if features:
-            if apart or not predictions:
-                seen = _called(of_layer.project, counts, x, shape)
-            deep_features[name] = seen
-            if _left(counts, seen) is not None:
+            deep_features[name] = x
+            if counts is not None:
                 masks[f"features/{name}"] = counts
     outputs = Outputs(logits, deep_logits, deep_features, masks, output_structure(tapped.model))
     return keras.Model(input_structure(tapped.model), outputs, name=f"{student.name}_with_heads")
-
-
-def _left(mask: Any, x: keras.KerasTensor) -> Any:
-    """Returns a mask, and None for a map without positions."""
-    return mask if len(x.shape) > 2 else None
 
 
 def _input_mask(student: keras.Model, name: str) -> keras.KerasTensor:

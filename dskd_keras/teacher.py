@@ -45,7 +45,6 @@ class FrozenTeacher:
         feature_names: The keys of the maps among the outputs: one for all supervised layers, or one
             for each.
         feature_shapes: The shapes of the maps by their keys, without the batch, channels last.
-        class_shape: Likewise that of the map by which it classifies; None without features.
         output_names: The keys of the outputs that the terms need: `"features"`, `"logits"`. Beside
             them there are `"features_mask"` and `"logits_mask"` where positions are padding.
         variables: All variables that a call reads.
@@ -69,11 +68,6 @@ class FrozenTeacher:
         model.trainable = False
         if features and layer is None:
             layer = graph.default_teacher_layer(model, output)
-        self.class_shape: tuple[Any, ...] | None = None
-        if features:
-            last = graph.default_teacher_layer(model, output)
-            (tensor,) = graph.tap("teacher_layer", model, [last]).tensors
-            self.class_shape = tuple(graph.channels_last(tensor).shape[1:])
         names = [layer] if isinstance(layer, str) else list(layer or ())
         self.layer = layer if isinstance(layer, str) or layer is None else names
         outputs: dict[str, Any] = {}

@@ -94,26 +94,6 @@ def test_heads_fit_every_kind_of_feature_map(of_teacher, projected):
         assert (a != b).any(), variable.path
 
 
-@small.eagerly()
-def test_heads_classify_by_a_projection_to_the_teachers_last_map():
-    """Those that are compared with a shallow map, whose few channels could not tell the classes."""
-    teacher, student = small.convnet("teacher", 6), small.convnet("student")
-    maps = {"stage1": (8, 8, 6), "stage2": (4, 4, 12)}
-    made = dskd_keras.Distiller(teacher, student, list(maps)).student_with_heads
-    assert {name: x.shape[1:] for name, x in made.output.deep_features.items()} == maps
-    seen = {name: made.get_layer(f"head_{name}_pool").input.shape[1:] for name in maps}
-    assert set(seen.values()) == {maps["stage2"]}
-    # The last one's are the same projection, and so are all under a layer that the user names.
-    assert [layer.name for layer in made.layers if "stage2_class" in layer.name] == []
-    for options in ({"teacher_layer": "stage1"}, {"deep_prediction_weight": 0.0}):
-        made = dskd_keras.Distiller(teacher, student, list(maps), **options).student_with_heads
-        assert [layer.name for layer in made.layers if "_class_" in layer.name] == []
-    # Without feature maps there is that projection alone.
-    made = dskd_keras.Distiller(teacher, student, list(maps), deep_feature_weight=0.0)
-    names = {layer.name for layer in made.student_with_heads.layers}
-    assert "head_stage1_class_projection" in names and "head_stage1_projection" not in names
-
-
 @pytest.mark.parametrize("head", heads.names())
 @small.eagerly()
 def test_every_head_brings_every_kind_of_map_to_the_teachers(head):

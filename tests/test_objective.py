@@ -179,13 +179,6 @@ def check_step(
         **{f"{name}_logits": heads.get_layer(f"head_{name}_logits") for name in LAYERS},
         **{f"{name}_projection": heads.get_layer(f"head_{name}_projection") for name in LAYERS},
     }
-    # A head that is compared with a shallow map of the teacher's classifies by another projection.
-    apart = [name for name in LAYERS[:-1] if teacher_layer == "auto"]
-    by = {name: f"{name}_class_projection" if name in apart else f"{name}_projection"
-          for name in LAYERS}  # fmt: skip
-    watched |= {by[name]: heads.get_layer(f"head_{by[name]}") for name in apart}
-    classified = keras.Model(heads.input, {name: heads.get_layer(f"head_{by[name]}").output
-                                            for name in LAYERS})(x, training=True)  # fmt: skip
     before = {name: small.values(layer.trainable_variables) for name, layer in watched.items()}
     result = distiller.train_on_batch(x, y, sample_weight=weight, return_dict=True)
     change = {
@@ -207,19 +200,17 @@ def check_step(
     np.testing.assert_allclose(kernel, features.T @ gradients["logits"], **close)
     for name in LAYERS:
         in_logits = gradients[f"prediction/{name}"]
-        projected = np.asarray(keras.ops.convert_to_numpy(classified[name]), "float64")
+        projected = np.asarray(keras.ops.convert_to_numpy(outputs.deep_features[name]), "float64")
         kernel, bias = change[f"{name}_logits"]
         np.testing.assert_allclose(bias, in_logits.sum(axis=0), **close)
         np.testing.assert_allclose(kernel, projected.mean(axis=(1, 2)).T @ in_logits, **close)
-        # A projector learns from both losses: through its classifier and directly.
+        # The projector learns from both losses: through its classifier and directly.
         positions = projected.shape[1] * projected.shape[2]
         through_classifier = (in_logits @ before[f"{name}_logits"][0].T) / positions
-        through_classifier = positions * through_classifier.sum(axis=0)
-        directly = gradients[f"feature/{name}"].sum(axis=(0, 1, 2))
-        in_biases = {f"{name}_projection": directly}
-        in_biases[by[name]] = in_biases.get(by[name], 0) + through_classifier
-        for projection, expected in in_biases.items():
-            np.testing.assert_allclose(change[projection][1], expected, **close)
+        in_projection = gradients[f"feature/{name}"] + through_classifier[:, None, None, :]
+        np.testing.assert_allclose(
+            change[f"{name}_projection"][1], in_projection.sum(axis=(0, 1, 2)), **close
+        )
 
 
 @small.eagerly()
