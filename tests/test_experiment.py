@@ -115,6 +115,15 @@ def test_a_run_leaves_what_it_promises(finished):
     assert f"{100 * metrics['test_accuracy']:.2f}" in page
 
 
+def test_deep_supervision_ends_halfway(finished):
+    for row, supervised in zip(history(finished / "run/dskd/seed-0"), (1, 0), strict=True):
+        row = {name: float(value) for name, value in row.items()}
+        deep = row["deep_prediction_loss"] + 10 * row["deep_feature_loss"]
+        assert deep > 0
+        expected = row["label_loss"] + row["prediction_loss"] + supervised * deep
+        assert row["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the others compile anyway")
 def test_a_compiled_run(finished, images, tmp_path):
     flags = ["--teacher_dir", finished / "teachers", "--method", "kd", "--epochs", 1]

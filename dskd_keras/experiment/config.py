@@ -150,7 +150,7 @@ class ExperimentConfig:
     prediction_weight: float = 1.0
     deep_prediction_weight: float = 1.0
     deep_feature_weight: float = 10.0
-    deep_supervision: float = 1.0
+    deep_supervision: float = 0.5
     prediction_loss: PredictionLoss = "kl_divergence"
     feature_loss: FeatureLoss = "feature_mean_squared_error"
     head: Head = "separable"
