@@ -73,9 +73,9 @@ def _work(backend, pair, dataset, epochs, tests, smoke, small):
         files = ["tests/test_weighting.py"] if smoke else ["tests"]
         side_by_side = [] if smoke else ["-n", str(max(1, len(os.sched_getaffinity(0)) - 1))]
         yield "tests", ["-m", "pytest", "-q", *side_by_side, *files], None
-    # A step takes milliseconds there.
-    few = ["--steps", "20"]
-    few = ["--rounds", "1", "--steps", "1", "--memory", "false"] if smoke else few
+    few = ["--steps", "20"]  # a step takes milliseconds there
+    if smoke:
+        few = ["--rounds", "1", "--steps", "1", "--memory", "false"]
     kept = ["--json_file", f"benchmarks/results/{pair}-{backend}-accelerator.json"]
     kept = [] if smoke else kept
     yield "step", ["-m", "benchmarks.step", "--pair", pair, "--backend", backend, *few, *kept], None

@@ -124,9 +124,14 @@ def test_a_name_that_is_no_grid_lists_the_grids():
 
 
 def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
-    """The whole way but for CIFAR-100: digits, the teacher trained and kept in half precision."""
+    """The whole way: digits from a file in CIFAR-100's place, the teacher in half precision."""
     from benchmarks.study import preparation
+    from dskd_keras import data
 
+    digits = data.load("digits", image_size=16, train_examples=200)
+    images = tmp_path / "images.npz"
+    parts = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(images, **{part: getattr(digits, part) for part in parts})
     scale = dataclasses.replace(
         grid.scale,
         classes=1,
@@ -134,14 +139,14 @@ def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
         config={
             **grid.scale.config,
             "teacher": "resnet8",
-            "dataset": "digits",
-            "train_examples": 200,
             "epochs": 2,
             "augmentation": "none",
-            "image_size": 16,
         },
     )
-    said, machine = [], cells.Machine(on_device=True)
+    said, machine = [], cells.Machine(str(images), on_device=True)
+    alone = dataclasses.replace(grid.all_cells()[0], fields={"method": "ce"})
+    preparation.prepare(scale, [alone], machine, 1, said.append)
+    assert not scale.teacher_weights().exists() and said == []
     preparation.prepare(scale, grid.all_cells(), machine, 1, said.append)
     assert scale.teacher_weights().stat().st_size < 400_000
     (cell,) = [cell for cell in grid.all_cells() if (cell.name, cell.seed) == ("dskd", 1)]
@@ -151,6 +156,8 @@ def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
     assert kept["validation_accuracy"] == pytest.approx(kept["history"]["val_accuracy"][-1])
     config = yaml.safe_load((tmp_path / "work" / scale.name / "dskd-1/wanted.yaml").read_text())
     assert config["teacher_weights"] == str(scale.teacher_weights())
+    assert (config["dataset"], config["augment_on"]) == (str(images), "device")
+    assert kept["settings"]["dataset"] == "cifar100" and kept["settings"]["augment_on"] == "host"
     before = cell.kept(scale).stat().st_mtime_ns
     assert cells.run(scale, [cell], machine, 1, 1, said.append) == []
     assert cell.kept(scale).stat().st_mtime_ns == before and "0 are to be trained" in said[-1]

@@ -38,12 +38,14 @@ def main(
         only: Names of cells, separated by ; to train no others.
         most: Train so many at most; 0 writes the table of what is there.
         images: An .npz file that holds the images of the scale's data set, for a machine without
-            TensorFlow Datasets.
+            TensorFlow Datasets. Their order in it is that of the batches.
         on_device: true makes the batches on the accelerator: the same bits.
         steps_per_execution: As for train.py: the same numbers.
         smoke: true trains every cell for two steps in a temporary folder and keeps nothing: does it
             run?
     """
+    # Cells side by side share an accelerator, all of which JAX would take for each, and for this.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         startup.import_tensorflow()  # without what it says of every processor
     from benchmarks.study import cells, evidence, plan, preparation, tables

@@ -33,7 +33,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(plan.Expe
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a machine needs to be said and no number depends on.
+    """Where a machine has the images, and how it makes the batches: no setting of a cell.
 
     Attributes:
         images: An .npz file with the images of the scale's data set; None where it can be loaded by
@@ -62,7 +62,8 @@ def is_kept(scale: Scale, cell: Cell) -> bool:
         return False
     kept, wanted = read(path)["settings"], settings(scale, cell)
     for field, value in wanted.items():
-        # A cell that is older than a field was trained by what was then, and is now, its default.
+        # A cell that is older than a field was trained by its default. When that default changes,
+        # the older cells have to be given the field.
         there = kept.get(field, _DEFAULTS.get(field))
         if there != value:
             raise InputError(
