@@ -100,6 +100,8 @@ def _number(name: str) -> Any:
                 "a function without one. Set it there, or give the loss by its name."
             )
         self.coefficients.write(self, name, value)
+        if self.train_function is not None:
+            self.make_train_function()
 
     return property(read, write, doc=f"The {name.replace('_', ' ')}; callbacks may assign it.")
 
@@ -205,6 +207,10 @@ class Distiller(keras.Model):
         feature_weighting: The strategy's copy for the feature-map losses.
         traced_training: On PyTorch, the `TracedTraining` through which the student trains; None
             elsewhere.
+        recompiles: Whether the step is compiled anew when the coefficients of both terms of the
+            shallow layers have become 0: it then has no heads and costs what plain distillation
+            does, and their terms leave the logs. With a positive coefficient the heads come back.
+            Compiling takes as long as the first time. Defaults to True.
         resumed_at: The `Place` where training goes on. Who resumes a training within an epoch sets
             it before `fit`, since `fit` counts the rest of that epoch's steps from 0. Callbacks
             read it through `progress.steps_before`. Defaults to the beginning.
@@ -231,6 +237,7 @@ class Distiller(keras.Model):
     student_with_heads: keras.Model
     prediction_weighting: Weighting
     feature_weighting: Weighting
+    recompiles: bool = True
     resumed_at: Place = Place()
     # Whether `get_metrics_result` gives the terms too: see there.
     _reports_terms = False
@@ -349,6 +356,9 @@ class Distiller(keras.Model):
             self.coefficients,
             {"prediction": self.prediction_weighting, "feature": self.feature_weighting},
         )
+        self._whole = _Step(self.student_with_heads, self.traced_training, self._objective)
+        self._step = self._whole
+        self._without_heads: _Step | None = None
         self._batch_mean = BatchMean()
         self._term_means = TermMeans(self._objective.term_names())
         self.built = True
@@ -370,10 +380,11 @@ class Distiller(keras.Model):
         """Returns the student's logits or outputs; with `training=True` its `heads.Outputs`."""
         inputs = self._of_student(inputs)
         if training:
-            if self.traced_training is not None and not self.run_eagerly:
-                return self.traced_training(inputs)
+            step = self._step
+            if step.traced is not None and not self.run_eagerly:
+                return step.traced(inputs)
             with depthwise.as_products(), fused_normalization.fused():
-                return self.student_with_heads(inputs, training=True)
+                return step.model(inputs, training=True)
         with depthwise.as_products():
             outputs = self.student(inputs, training=False)
         return keras.tree.flatten(outputs)[0] if self._output.is_alone else outputs
@@ -470,6 +481,32 @@ class Distiller(keras.Model):
         """Evaluates one batch, as `keras.Model.test_on_batch`."""
         return super().test_on_batch(*args, **kwargs)
 
+    def make_train_function(self, force: bool = False) -> Any:
+        """Makes the step, as in `keras.Model`: without heads where `recompiles` says so."""
+        kinds = self._objective.kinds
+        is_over = (
+            self.recompiles
+            and (kinds["deep_prediction"] or kinds["deep_feature"])
+            and not (self.deep_prediction_weight or self.deep_feature_weight)
+        )
+        step = self._student_alone() if is_over else self._whole
+        if step is not self._step:
+            self._step, force = step, True
+            self._term_means.computed = step.objective.term_names()
+        return super().make_train_function(force)
+
+    def _student_alone(self) -> "_Step":
+        if self._without_heads is None:
+            model = heads.attach(
+                self.student, (), (), output=self._output.index, mask=self._given.mask
+            )
+            traced = None
+            if self.traced_training is not None:
+                traced = TracedTraining(model)
+                traced.after = self.traced_training.after
+            self._without_heads = _Step(model, traced, self._objective.without_deep_terms())
+        return self._without_heads
+
     def train_step(self, *args: Any) -> Any:
         """Runs the teacher, then Keras's own training step with its outputs as targets.
 
@@ -516,20 +553,28 @@ class Distiller(keras.Model):
         label, teacher = targets
         self._check_label_is_there(label)
         self._check_teacher_outputs(teacher)
-        terms, wrong_labels = self._objective(self.loss, label, teacher, outputs, sample_weight)
+        terms, wrong_labels = self._step.objective(
+            self.loss, label, teacher, outputs, sample_weight
+        )
         total = 0.0
         if self._objective.kinds["label"] and not self._output.is_alone:
             value = keras_internals.compiled_loss(self, label, outputs.outputs, sample_weight)
             terms.means["label_loss"] = value
             total = self.coefficients.in_step()["label_weight"] * value
-        means = ops.stack([terms.means[name] for name in self._term_means.names])
-        self._term_means.update_state(means, ops.shape(outputs.logits)[0], wrong_labels)
+        self._term_means.update_state(terms.means, ops.shape(outputs.logits)[0], wrong_labels)
         if terms.total is not None:
             total = total + self._batch_mean(terms.total, terms.sample_weight)
         if self.losses:
             regularisation = sum(ops.sum(in_full_precision(loss)) for loss in self.losses)
             total = total + self._batch_mean(ops.reshape(regularisation, (1,)))
+        if self._step is not self._whole:
+            # A gradient of 0 for each weight of the heads: Keras warns where there is none.
+            total = total + 0.0 * sum(ops.sum(weight) for weight in self._weights_of_heads())
         return total
+
+    def _weights_of_heads(self) -> list[keras.Variable]:
+        of_student = {id(weight) for weight in self.student.trainable_weights}
+        return [weight for weight in self.trainable_weights if id(weight) not in of_student]
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
@@ -598,16 +643,14 @@ class Distiller(keras.Model):
         ```
         """
         last_step = keras_internals.metric_value(self, self._term_means.last_step)
-        *totals, images = last_step.tolist()
-        if not images:
-            return {}
-        return {
-            name: total / images for name, total in zip(self._term_means.names, totals, strict=True)
-        }
+        return self._term_means.of_last_step(last_step.tolist())
 
     @property
     def term_names(self) -> list[str]:
-        """The names of the terms in the logs, in a fixed order: the keys of `step_terms`."""
+        """The names of the terms in the logs, in a fixed order: the keys of `step_terms`.
+
+        Those of the shallow layers are not there in steps without heads (see `recompiles`).
+        """
         return list(self._term_means.names)
 
     @property
@@ -762,6 +805,15 @@ class Distiller(keras.Model):
                 f"y: Targets without the teacher's {' and '.join(missing)}, which this distiller's "
                 "terms need. Compute them with distiller.targets(x, y)."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What a training step runs."""
+
+    model: keras.Model  # gives `heads.Outputs`
+    traced: TracedTraining | None  # the same as a trace, on PyTorch
+    objective: objective.Objective  # of these outputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,19 @@ class Objective:
         self._coefficients = coefficients
         self._weightings = weightings
 
+    def without_deep_terms(self) -> "Objective":
+        """Returns the objective of the student's own output alone."""
+        kinds = {**self.kinds, "deep_prediction": False, "deep_feature": False}
+        return Objective(
+            kinds,
+            (),
+            self._output,
+            self._teacher,
+            self.strategies,
+            self._coefficients,
+            self._weightings,
+        )
+
     def term_names(self) -> list[str]:
         """Returns the names of the terms in the logs."""
         names = [f"{kind}_loss" for kind, is_on in self.kinds.items() if is_on]

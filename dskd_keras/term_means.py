@@ -45,11 +45,16 @@ class TermMeans(keras.metrics.Metric):
 
     Under `tf.distribute` the variables of metrics are summed over the replicas. A mean would be
     wrong then, while the quotient of two sums is right.
+
+    Attributes:
+        names: The names of all terms, in the order of the variables.
+        computed: The names of those that a step computes now; only these are results.
     """
 
     def __init__(self, names: list[str]) -> None:
         super().__init__(name="term_means")
         self.names = names
+        self.computed = names
         self.total = self.add_weight(shape=(len(names),), initializer="zeros", name="total")
         self.images = self.add_weight(initializer="zeros", name="images")
         self.last_step = self.add_weight(
@@ -57,9 +62,12 @@ class TermMeans(keras.metrics.Metric):
         )
         self.wrong_labels = self.add_weight(initializer="zeros", name="wrong_labels")
 
-    def update_state(self, values: Any, batch_size: Any, wrong_labels: Any = None) -> None:
-        """Adds a step's terms `[N]`, the means over so many images."""
+    def update_state(
+        self, terms: dict[str, Any], batch_size: Any, wrong_labels: Any = None
+    ) -> None:
+        """Adds a step's terms by name, scalars that are means over so many images."""
         batch_size = ops.cast(batch_size, self.dtype)
+        values = ops.stack([terms[n] if n in self.computed else ops.zeros(()) for n in self.names])
         values = ops.cast(values, self.dtype) * batch_size
         self.total.assign_add(values)
         self.images.assign_add(batch_size)
@@ -74,7 +82,16 @@ class TermMeans(keras.metrics.Metric):
     def result(self) -> dict[str, Any]:
         """Returns the means by name."""
         means = ops.divide_no_nan(self.total.value, self.images.value)
-        return dict(zip(self.names, ops.unstack(means), strict=True))
+        return self._of_computed(ops.unstack(means))
+
+    def of_last_step(self, totals: list[float]) -> dict[str, float]:
+        """Returns the means of the last step by name, for what `last_step` holds."""
+        *totals, images = totals
+        return self._of_computed([total / images for total in totals]) if images else {}
+
+    def _of_computed(self, values: list[Any]) -> dict[str, Any]:
+        by_name = dict(zip(self.names, values, strict=True))
+        return {name: by_name[name] for name in self.computed}
 
     def reset_state(self) -> None:
         """Begins a new epoch."""

@@ -1,6 +1,7 @@
 import csv
 import functools
 import io
+import math
 import os
 import subprocess
 import sys
@@ -542,3 +543,56 @@ def test_fade_out_ends_deep_supervision_before_the_training():
     np.testing.assert_allclose(seen, [[share * b for b in before] for share in shares], rtol=1e-6)
     with pytest.raises(dskd_keras.InputError, match="epochs: 0 should be"):
         FadeOut(distiller, 0)
+
+
+def test_without_deep_supervision_a_step_has_no_heads_and_trains_to_the_same_student(tmp_path):
+    trained, histories, calls = [], [], []
+    path, console = tmp_path / "layers.csv", Console(file=io.StringIO(), width=100)
+    head = next(
+        layer
+        for layer in shared().student_with_heads.layers
+        if layer.name.startswith("head_stage1_")
+    )
+    original = head.call
+    for recompiles in (False, True):
+        distiller = shared()
+        distiller.recompiles = recompiles
+        count = []
+
+        def counted(*args, count=count, **kwargs):
+            count.append(1)
+            return original(*args, **kwargs)
+
+        head.call = counted
+        logger = LayerWeightLogger(csv=path, console=console)
+        with small.eagerly():
+            callbacks = [FadeOut(distiller, 2), logger, StopOnNonFiniteLoss()]
+            histories.append(fit(distiller, callbacks, epochs=4))
+        trained.append(small.values(distiller.trainable_variables))
+        calls.append(len(count))
+    head.call = original
+    for kept, left_out in zip(*trained, strict=True):
+        np.testing.assert_allclose(left_out, kept, rtol=1e-5, atol=1e-6)
+    with_heads, without = histories
+    np.testing.assert_allclose(without["loss"], with_heads["loss"], rtol=1e-5)
+    for name, values in with_heads.items():
+        epochs = 2 if name.startswith("deep_") else 4
+        np.testing.assert_allclose(without[name], values[:epochs], rtol=1e-5, err_msg=name)
+    if BACKEND == "tensorflow":  # the one that runs layer by layer here
+        assert calls[0] == 2 * calls[1] > 0
+    deep = [name for name in distiller.term_names if name.startswith("deep_")]
+    assert {name: len(values) for name, values in without.items() if name in deep} == dict.fromkeys(
+        deep, 2
+    )
+    written = rows(path)
+    assert all(math.isnan(float(row[name])) for row in written[6:] for name in deep)
+    assert all(math.isfinite(float(row[name])) for row in written[:6] for name in deep)
+    assert all(math.isfinite(float(row["label_loss"])) for row in written)
+    assert "epoch 1 → 2" in console.file.getvalue().splitlines()[-9]
+    # The heads come back.
+    assert set(distiller.step_terms()) == {"label_loss", "prediction_loss"}
+    distiller.deep_prediction_weight = 0.5
+    with small.eagerly():
+        distiller.train_on_batch(*small.images(4))
+    assert set(distiller.step_terms()) == set(distiller.term_names)
+    distiller.recompiles = True

@@ -4,6 +4,7 @@ Three epochs of four steps for the teacher as for the student, a checkpoint ever
 after every epoch.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -237,6 +238,24 @@ def test_images_on_the_device_go_on_to_the_bits_of_those_of_the_host(
     printed = capsys.readouterr().out
     assert "Continuing after epoch 1 of 3, step 2 of 4" in printed
     assert outcome(tmp_path) == finished[1]
+
+
+def test_a_step_without_heads_goes_on_to_the_same_bits(
+    begun, images, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setattr(training, "_WORTH_A_COMPILATION", 1)
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(begun / "teachers", whole / "teachers")
+    assert command(images, whole) == 0
+    for steps, more in ((9, ()), (11, ("--resume",))):
+        with monkeypatch.context() as patched:
+            after_steps(patched, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert command(images, begun, *more) == 128 + signal.SIGTERM
+    assert command(images, begun, "--resume") == 0
+    assert outcome(begun) == outcome(whole)
+    with open(whole / "run/dskd/seed-0/history.csv", newline="") as file:
+        values = [row["deep_feature_loss/stage3"] for row in csv.DictReader(file)]
+    assert values[2] == "NA" and float(values[1]) > 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ class FadeOut(keras.callbacks.Callback):
     """Takes the two coefficients of the shallow layers to 0, so that the student ends on its own.
 
     Each begins at what the distiller was made with, falls linearly from epoch to epoch, is 0 from
-    the epoch `epochs` on (the first one is epoch 0), and stays there.
+    the epoch `epochs` on (the first one is epoch 0), and stays there. From then on a step has no
+    heads, and costs what plain distillation does (`Distiller.recompiles`).
 
     Args:
         distiller: The distiller before it is trained; its coefficients now are the first ones.

@@ -2,6 +2,7 @@
 
 import csv as csv_format
 import io
+import math
 import os
 import time
 from array import array
@@ -32,9 +33,9 @@ class LayerWeightLogger(keras.callbacks.Callback):
     and the last epoch. Files are written where they are asked for:
 
     - `csv`: a row a step with columns `epoch` and `step`, then every term of that step alone, as
-      `Distiller.step_terms` names them (the logs of `fit` hold means over the epoch). The first
-      epoch is 1, and so is the first step of the whole training. Every row is written at once, so a
-      killed run leaves whole lines.
+      `Distiller.step_terms` names them (the logs of `fit` hold means over the epoch), `nan` for one
+      that is not computed any more. The first epoch is 1, and so is the first step of the whole
+      training. Every row is written at once, so a killed run leaves whole lines.
     - `picture`: allocations and losses over the steps. It is written aside and renamed, at the end
       of the training and, for longer ones, once a minute at the end of an epoch.
     - `tensorboard`: the terms of each step as scalars in `FOLDER/steps`, beside what
@@ -139,7 +140,7 @@ class LayerWeightLogger(keras.callbacks.Callback):
             return
         self._next = (step // self._every + 1) * self._every
         terms = self.model.step_terms()
-        record = [self._epoch, step, *terms.values()]
+        record = [float(self._epoch or 0), float(step), *self._row(terms)]
         if self._picture is not None:
             self._records.extend(record)
         if self._file is not None:
@@ -149,7 +150,7 @@ class LayerWeightLogger(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Keeps the epoch's means."""
-        self._epoch_means[epoch] = {name: float((logs or {})[name]) for name in self._names}
+        self._epoch_means[epoch] = dict(zip(self._names, self._row(logs or {}), strict=True))
         if self._picture is not None and time.monotonic() - self._last_picture > _PICTURE_EVERY:
             self._draw(self._picture)
             self._last_picture = time.monotonic()
@@ -171,9 +172,9 @@ class LayerWeightLogger(keras.callbacks.Callback):
     def table(self) -> "Table":
         """Returns a table of the layers' losses and allocations.
 
-        A row for each layer and kind of term: means over the first and the last epoch, and the mean
-        allocation over all epochs. Epochs of before `append`, whose logs are gone, count with the
-        mean of their rows in the CSV file.
+        A row for each layer and kind of term: means over the first and the last epoch that had the
+        term, and the mean allocation over all such epochs. Epochs of before `append`, whose logs
+        are gone, count with the mean of their rows in the CSV file.
 
         Raises:
             InputError: No epoch has ended yet.
@@ -182,7 +183,12 @@ class LayerWeightLogger(keras.callbacks.Callback):
 
         if not self._epoch_means:
             raise InputError("table: no epoch has ended yet.")
-        epochs, means = zip(*sorted(self._epoch_means.items()), strict=True)
+        supervised = {
+            epoch: means
+            for epoch, means in sorted(self._epoch_means.items())
+            if any("/" in name and math.isfinite(value) for name, value in means.items())
+        }
+        epochs, means = zip(*(supervised or self._epoch_means).items(), strict=True)
         table = Table(
             title=f"Supervised layers: means of epoch {epochs[0] + 1} → {epochs[-1] + 1}",
             title_justify="left",
@@ -195,8 +201,10 @@ class LayerWeightLogger(keras.callbacks.Callback):
             term, _, layer = name.partition("/")
             if layer and term.endswith("_loss"):
                 kind = term.removeprefix("deep_").removesuffix("_loss")
-                losses = [values[name] for values in means]
-                allocations = [values[f"deep_{kind}_allocation/{layer}"] for values in means]
+                losses, allocations = (
+                    [values[of] for values in means if math.isfinite(values[of])] or [math.nan]
+                    for of in (name, f"deep_{kind}_allocation/{layer}")
+                )
                 table.add_row(
                     layer,
                     kind,
@@ -205,6 +213,10 @@ class LayerWeightLogger(keras.callbacks.Callback):
                     f"{np.mean(allocations):.3f}",
                 )
         return table
+
+    def _row(self, terms: Mapping[str, Any]) -> list[float]:
+        """Returns the terms in the order of the columns, NaN for those that are not computed."""
+        return [float(terms.get(name, math.nan)) for name in self._names]
 
     def _begin(self, epoch: int) -> None:
         """Finds the number of the first step, and takes up what there is of earlier ones."""

@@ -71,6 +71,7 @@ class StopOnNonFiniteLoss(keras.callbacks.Callback):
 
 def _cause(logs: Mapping[str, Any], terms: Sequence[str]) -> tuple[list[str], str]:
     """Returns `(names, advice)`: the terms at the root of it, and what to do in a sentence."""
+    terms = [name for name in terms if name in logs]
     bad = [name for name in terms if not math.isfinite(logs[name])]
     roots = [name for name in terms if name in (_LABEL, _PREDICTION) or name.startswith(_DEEP)]
     bad_roots = [name for name in roots if name in bad]

@@ -27,11 +27,15 @@ def predicted_classes(model: keras.Model, dataset: ImageDataset) -> np.ndarray:
 
 
 def head_accuracies(distiller: Distiller, run: Run) -> dict[str, float]:
-    """Returns the test accuracy, 0 to 1, of every auxiliary head by layer name."""
+    """Returns the test accuracy, 0 to 1, of every auxiliary head by layer name.
+
+    Empty where deep supervision ended before the training did: from then on the student went on
+    without its heads.
+    """
     dataset = run.dataset
     heads = distiller.student_with_heads
     deep_logits = heads.output.deep_logits
-    if not deep_logits:
+    if not deep_logits or not distiller.deep_prediction_weight:
         return {}
     # A dict: of a list with one output Keras makes the output itself.
     model = run.devices.copied(keras.Model(heads.inputs, dict(deep_logits)))

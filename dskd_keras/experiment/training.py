@@ -35,6 +35,8 @@ from dskd_keras.progress import Place
 _EVALUATION_BATCH = 256
 # Steps of a training in which a trace on PyTorch saves more than it takes.
 _WORTH_A_TRACE = 100
+# Steps left without heads in which leaving them out saves more than another compilation takes.
+_WORTH_A_COMPILATION = 3000
 
 # From the number of batches that are done to the batches that are left.
 BatchesFrom = Callable[[int], data.TrainingBatches]
@@ -162,6 +164,7 @@ def _plan(run: Run, distiller: Distiller, batches: BatchesFrom) -> _Plan:
         # Before a checkpoint restores coefficients that have fallen already.
         epochs = max(1, round(config.deep_supervision * config.epochs))
         callbacks.insert(0, FadeOut(distiller, epochs))
+        distiller.recompiles = steps * (config.epochs - epochs) >= _WORTH_A_COMPILATION
     shares = run.devices.shares
     return _Plan(lambda first: shares(batches(first)), steps, shares(held_out), restorer, callbacks)
 
@@ -208,10 +211,21 @@ def _fit(
 
 
 class _HistoryFile(keras.callbacks.CSVLogger):
-    """`history.csv`: as Keras writes it, but for the epochs, which count from 1."""
+    """`history.csv`: as Keras writes it, but for the epochs, which count from 1.
+
+    The columns are those of the first epoch, "NA" where a later one has no value.
+    """
 
     def __init__(self, path: Path):
         super().__init__(path, append=True)
+        self._path = path
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        with open(self._path, newline="", encoding="utf-8") as file:
+            _, *columns = next(csv.reader(file), [""])
+        if columns:
+            self.keys = columns
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch + 1, logs)
@@ -273,7 +287,11 @@ def _counted_from_1(history: str) -> str:
 
 def _columns(history: str) -> dict[str, list[float]]:
     rows = list(csv.DictReader(io.StringIO(history, newline="")))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    values = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: [math.nan if text == "NA" else float(text) for text in texts]
+        for name, texts in values.items()
+    }
 
 
 def checkpoint_to_resume(run: Run, folder: Path) -> Checkpoint | None:

@@ -34,8 +34,9 @@ def allocations(seed: "SeedRun") -> bytes | None:
             top = base + 100 * np.nan_to_num(values)
             axes.stairs(top, edges, baseline=base, fill=True, color=colour, alpha=0.75)
             axes.stairs(top, edges, baseline=None, color="white", linewidth=1)
-            share = 100 * values[np.isfinite(values)][-1]
-            ends[axes].append(((base[-1] + top[-1]) / 2, f"{name} {share:.0f} %", colour))
+            last = np.flatnonzero(np.isfinite(values))[-1]  # the terms may end before the training
+            share = f"{name} {100 * values[last]:.0f} %"
+            ends[axes].append(((base[last] + top[last]) / 2, share, colour))
             base = top
         for part in range(1, len(layers)):
             axes.axhline(100 * part / len(layers), **drawing.EQUAL)
