@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -161,3 +166,29 @@ def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
     before = cell.kept(scale).stat().st_mtime_ns
     assert cells.run(scale, [cell], machine, 1, 1, said.append) == []
     assert cell.kept(scale).stat().st_mtime_ns == before and "0 are to be trained" in said[-1]
+
+
+def test_cells_end_with_the_process_that_trains_them(grid, tmp_path, monkeypatch):
+    script = """
+        import os, pathlib, signal, time
+        def stop(*_):
+            here.with_suffix(".stopped").touch()
+            raise SystemExit(143)
+        signal.signal(signal.SIGTERM, stop)
+        here = pathlib.Path(f"{os.getpid()}.begun")
+        here.touch()
+        time.sleep(60)
+    """
+    (tmp_path / "train.py").write_text(textwrap.dedent(script))
+    monkeypatch.setattr(cells, "_ROOT", tmp_path)
+
+    def interrupt():
+        while len(list(tmp_path.glob("*.begun"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        cells.run(grid.scale, grid.all_cells(), cells.Machine(), 2, 1, print)
+    assert len(list(tmp_path.glob("*.stopped"))) == 2
+    assert len(list(tmp_path.glob("*.begun"))) == 2, "no other cell is begun"

@@ -6,6 +6,7 @@ a fresh clone. A cell that was stopped goes on from its last checkpoint, on the 
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -50,6 +51,8 @@ def main(
         startup.import_tensorflow()  # without what it says of every processor
     from benchmarks.study import cells, evidence, plan, preparation, tables
 
+    # As Ctrl-C: the cells that are being trained end with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     grid = plan.read(name)
     with contextlib.ExitStack() as stack:
         if smoke:

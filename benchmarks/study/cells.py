@@ -28,6 +28,8 @@ _PLACES = (
     "pair", "data_dir", "run_dir", "teacher_dir", "teacher_weights", "seeds", "export", "resume",
     "checkpoint_steps",
 )  # fmt: skip
+# Those that train now.
+_processes: list[subprocess.Popen] = []
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(plan.ExperimentConfig)}
 
 
@@ -116,7 +118,9 @@ def run(
                 remaining = pace * (len(left) - done) / 60
                 say(f"{cell.name}, seed {cell.seed}: {outcome}. Left: {remaining:.0f} min.")
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in _processes:
+                process.terminate()  # train.py saves a checkpoint first
             raise
     return failed
 
@@ -153,14 +157,16 @@ def train(scale: Scale, cell: Cell, machine: Machine, threads: int) -> dict[str,
     files.write_text(wanted, config.to_yaml())
     log = folder / "log.txt"
     with open(log, "a", encoding="utf-8") as output:
-        code = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, str(_ROOT / "train.py"), "--config", str(wanted)],
             cwd=_ROOT,
             env=os.environ | _threads(threads) | {"TF_CPP_MIN_LOG_LEVEL": "3"},
             stdout=output,
             stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
+        )
+        _processes.append(process)
+        code = process.wait()
+        _processes.remove(process)
     if code:
         raise CellFailed(log.read_text(encoding="utf-8", errors="replace")[-2000:])
     kept = _kept(scale, cell, config.seed_folder(cell.seed))
