@@ -62,6 +62,9 @@ def test_a_run_goes_on_with_another_number_of_devices(found):
     assert "Continuing after epoch 0 of 2, step 2 of 3" in found["said"]
     assert "Continuing after epoch 1 of 2." in found["said"]
     assert_close(found["run on one"], found["run on two"])
+    names = ("loss", "deep_feature_loss")
+    epochs = [len(found["run on two"][f"history: {name}"]) for name in names]
+    assert epochs == [2, 1], "the second epoch has no heads"
     assert found["run on two"]["synchronized"] == [0.0], "no other backend could load it"
 
 
