@@ -49,7 +49,7 @@ class Coefficients(keras.layers.Layer):
 
     def __init__(self, values: dict[str, float]) -> None:
         super().__init__(name="coefficients", dtype="float32")
-        self._fixed = {name for name in NAMES if values[name] == 0}
+        self._first = dict(values)
         self._variable = self.add_weight(
             shape=(len(NAMES),), initializer="zeros", trainable=False, name="values"
         )
@@ -66,6 +66,13 @@ class Coefficients(keras.layers.Layer):
         value = ops.convert_to_numpy(self._variable)[NAMES.index(name)]
         return float(str(value))  # 0.1 in float32 would be 0.10000000149 in float64
 
+    def config(self, model: keras.Model) -> dict[str, float]:
+        """Returns the numbers with which to make a distiller of the same terms.
+
+        A term whose coefficient has fallen to 0 gets the first one. The weights hold the 0.
+        """
+        return {name: self.read(model, name) or self._first[name] for name in NAMES}
+
     def write(self, model: keras.Model, name: str, value: Any) -> None:
         """Sets a number, between two steps of `fit` too; `model` is the one that trains with it.
 
@@ -73,7 +80,7 @@ class Coefficients(keras.layers.Layer):
             InputError: The number can't be used, or its term is not computed.
         """
         number = check(name, value)
-        if name in self._fixed and number:
+        if number and not self._first[name]:
             raise InputError(
                 f"{name}: {number}, but it was 0 when the distiller was made, so its term is not "
                 "computed. Make a distiller with a positive one; then it may fall to 0 and rise."

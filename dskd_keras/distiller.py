@@ -677,7 +677,7 @@ class Distiller(keras.Model):
             "student": serialize(self.student),
             "student_layers": list(self.student_layers),
             "teacher_layer": layer if layer is None or isinstance(layer, str) else list(layer),
-            **{name: getattr(self, name) for name in coefficients.NAMES},
+            **self.coefficients.config(self),
             "weighting": serialize(self.prediction_weighting),
             "prediction_loss": _by_name_or(serialize, given.prediction_loss),
             "feature_loss": _by_name_or(serialize, given.feature_loss),

@@ -301,10 +301,13 @@ def test_callbacks_checkpoint_and_restore_without_the_teacher(shared, tmp_path):
     assert sum(sizes) <= own + optimizer + metrics + 2
 
 
+@pytest.mark.parametrize("supervises", [True, False])
 @small.eagerly()
-def test_round_trip_of_the_whole_distiller(tmp_path):
+def test_round_trip_of_the_whole_distiller(tmp_path, supervises):
     x, y = small.images(4)
     distiller = make(temperature=2.5, deep_feature_weight=3.0, weighting="proportional")
+    if not supervises:
+        distiller.deep_feature_weight = distiller.deep_prediction_weight = 0
     distiller.train_on_batch(x, y)
     distiller.save(tmp_path / "distiller.keras")
     loaded = keras.models.load_model(tmp_path / "distiller.keras")
@@ -316,6 +319,7 @@ def test_round_trip_of_the_whole_distiller(tmp_path):
     for each in (distiller, loaded):
         each.reset_metrics()
         logs.append(each.train_on_batch(x, y, return_dict=True))
+    assert ("deep_feature_loss" in logs[0]) is supervises and logs[0].keys() == logs[1].keys()
     for name, value in logs[0].items():
         assert float(logs[1][name]) == pytest.approx(float(value), rel=1e-5), name
     for a, b in zip(*(small.values(each.student.weights) for each in (distiller, loaded)),
