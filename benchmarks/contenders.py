@@ -84,6 +84,12 @@ class Pair:
         """The whole step."""
         return self._fit(self.distiller(self.teacher(dtype)), self.y)
 
+    def dskd_over(self, dtype="float32"):
+        """The step when deep supervision is over."""
+        distiller = self.distiller(self.teacher(dtype))
+        distiller.deep_prediction_weight = distiller.deep_feature_weight = 0
+        return self._fit(distiller, self.y)
+
     def kd(self, dtype="float32"):
         """Plain distillation: no heads."""
         return self._fit(self.distiller(self.teacher(dtype), ()), self.y)

@@ -168,6 +168,13 @@ def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
     assert cell.kept(scale).stat().st_mtime_ns == before and "0 are to be trained" in said[-1]
 
 
+def test_a_column_of_a_term_that_ended_is_shorter(tmp_path):
+    path = tmp_path / "history.csv"
+    path.write_text("epoch,loss,deep_feature_loss\n1,2.0000012,3.5\n2,1.5,NA\n")
+    expected = {"epoch": [1.0, 2.0], "loss": [2.0, 1.5], "deep_feature_loss": [3.5]}
+    assert cells._history(path) == expected
+
+
 def test_cells_end_with_the_process_that_trains_them(grid, tmp_path, monkeypatch):
     script = """
         import os, pathlib, signal, time

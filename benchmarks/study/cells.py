@@ -242,9 +242,13 @@ def _kept(scale: Scale, cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def _history(path: Path) -> dict[str, list[float]]:
+    """Returns the columns of a history; those of a term that ended are shorter, as Keras's are."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(f"{float(row[name]):.{_DIGITS}g}") for row in rows] for name in rows[0]}
+    return {
+        name: [float(f"{float(row[name]):.{_DIGITS}g}") for row in rows if row[name] != "NA"]
+        for name in rows[0]
+    }
 
 
 def _compact(kept: dict[str, Any]) -> str:
