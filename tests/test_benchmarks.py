@@ -31,6 +31,7 @@ def test_every_ratio_is_of_things_that_are_timed():
         assert {*above, *below} <= step._CONTENDERS.keys()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet8x4"])
 def test_the_pytorch_loop_has_the_models_of_the_zoo(name):
     torch = pytest.importorskip("torch")
