@@ -356,7 +356,7 @@ class Distiller(keras.Model):
             self.coefficients,
             {"prediction": self.prediction_weighting, "feature": self.feature_weighting},
         )
-        self._whole = _Step(self.student_with_heads, self.traced_training, self._objective)
+        self._whole = _Step(self.student_with_heads, self.traced_training, self._objective, ())
         self._step = self._whole
         self._without_heads: _Step | None = None
         self._batch_mean = BatchMean()
@@ -504,7 +504,9 @@ class Distiller(keras.Model):
             if self.traced_training is not None:
                 traced = TracedTraining(model)
                 traced.after = self.traced_training.after
-            self._without_heads = _Step(model, traced, self._objective.without_deep_terms())
+            of_student = {id(weight) for weight in self.student.trainable_weights}
+            unused = tuple(w for w in self.trainable_weights if id(w) not in of_student)
+            self._without_heads = _Step(model, traced, self._objective.without_deep_terms(), unused)
         return self._without_heads
 
     def train_step(self, *args: Any) -> Any:
@@ -567,14 +569,10 @@ class Distiller(keras.Model):
         if self.losses:
             regularisation = sum(ops.sum(in_full_precision(loss)) for loss in self.losses)
             total = total + self._batch_mean(ops.reshape(regularisation, (1,)))
-        if self._step is not self._whole:
-            # A gradient of 0 for each weight of the heads: Keras warns where there is none.
-            total = total + 0.0 * sum(ops.sum(weight) for weight in self._weights_of_heads())
+        if self._step.unused:
+            # A gradient of 0 for each of them: Keras warns where there is none.
+            total = total + 0.0 * sum(ops.sum(weight) for weight in self._step.unused)
         return total
-
-    def _weights_of_heads(self) -> list[keras.Variable]:
-        of_student = {id(weight) for weight in self.student.trainable_weights}
-        return [weight for weight in self.trainable_weights if id(weight) not in of_student]
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
@@ -647,9 +645,10 @@ class Distiller(keras.Model):
 
     @property
     def term_names(self) -> list[str]:
-        """The names of the terms in the logs, in a fixed order: the keys of `step_terms`.
+        """The names of all terms, in a fixed order.
 
-        Those of the shallow layers are not there in steps without heads (see `recompiles`).
+        The logs and `step_terms` have each of them, but for those of the shallow layers in steps
+        without heads (see `recompiles`).
         """
         return list(self._term_means.names)
 
@@ -814,6 +813,7 @@ class _Step:
     model: keras.Model  # gives `heads.Outputs`
     traced: TracedTraining | None  # the same as a trace, on PyTorch
     objective: objective.Objective  # of these outputs
+    unused: tuple[keras.Variable, ...]  # weights of heads that the model doesn't have
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,7 @@ def run(
                 say(f"{cell.name}, seed {cell.seed}: {outcome}. Left: {remaining:.0f} min.")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in _processes:
+            for process in list(_processes):
                 process.terminate()  # train.py saves a checkpoint first
             raise
     return failed
@@ -163,6 +163,9 @@ def train(scale: Scale, cell: Cell, machine: Machine, threads: int) -> dict[str,
             env=os.environ | _threads(threads) | {"TF_CPP_MIN_LOG_LEVEL": "3"},
             stdout=output,
             stderr=subprocess.STDOUT,
+            # Else a Ctrl-C reaches it too, and `run`'s signal is the second, at which it stops at
+            # once.
+            start_new_session=True,
         )
         _processes.append(process)
         code = process.wait()
