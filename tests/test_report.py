@@ -344,6 +344,29 @@ def test_a_loss_that_is_no_number_any_more_is_left_out(tmp_path):
     drawn(layers.losses(run.seeds[0]))
 
 
+def test_allocations_that_ended_are_labelled_where_they_were(tmp_path, monkeypatch):
+    folder = write_seed(tmp_path / "run", "dskd", done=3)
+    with open(folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = float(rows[1]["deep_feature_allocation/stage1"])
+    for name in rows[2]:
+        if name.startswith("deep_"):
+            rows[2][name] = "NA"
+    with open(folder / "history.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    labelled = []
+    monkeypatch.setattr(
+        layers.drawing, "label_ends", lambda _, ends: labelled.extend(ends.values())
+    )
+    (run,) = reading.read_runs([tmp_path / "run"])
+    drawn(layers.allocations(run.seeds[0]))
+    drawn(layers.losses(run.seeds[0]))
+    height, text, _ = labelled[1][0]
+    assert height == pytest.approx(50 * expected) and text == f"stage1 {100 * expected:.0f} %"
+
+
 def test_many_classes_have_the_most_confused_pairs_beside_the_matrix():
     counts = np.eye(200, dtype=int) * 50
     counts[7, 11], counts[3, 4] = 20, 5
