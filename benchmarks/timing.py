@@ -28,7 +28,7 @@ def run_command(main):
         try:
             jsonargparse.auto_cli(main, exit_on_error=False)
         except jsonargparse.ArgumentError as error:
-            raise InputError(" ".join(str(error).split())) from None
+            raise InputError(f"{' '.join(str(error).split())}. --help shows all options.") from None
 
     sys.exit(answer(work))
 

@@ -671,8 +671,8 @@ class Distiller(keras.Model):
         layer = self.teacher_layer
         return {
             **super().get_config(),
-            "teacher": [serialize(each) for each in teacher] if _several(teacher)
-            else serialize(teacher),
+            "teacher": [_never_trained(each) for each in teacher] if _several(teacher)
+            else _never_trained(teacher),
             "student": serialize(self.student),
             "student_layers": list(self.student_layers),
             "teacher_layer": layer if layer is None or isinstance(layer, str) else list(layer),
@@ -828,6 +828,17 @@ class _Given:
 
 def _several(teacher: Any) -> list[Any]:
     return list(teacher) if isinstance(teacher, (list, tuple)) else []
+
+
+def _never_trained(model: Any) -> Any:
+    """Returns the model's configuration without what it was compiled with.
+
+    With it Keras would miss the optimizer's state, and warn.
+    """
+    config = keras.saving.serialize_keras_object(model)
+    if isinstance(config, dict):
+        config.pop("compile_config", None)
+    return config
 
 
 def _by_name_or(serialize: Callable[[Any], Any], value: Any) -> Any:

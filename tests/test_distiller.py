@@ -328,6 +328,21 @@ def test_round_trip_of_the_whole_distiller(tmp_path, supervises):
 
 
 @small.eagerly()
+def test_a_teacher_trained_before_is_loaded_without_its_optimizer(tmp_path, recwarn):
+    x, y = small.images(4)
+    teacher = small.convnet("teacher")
+    teacher.compile("adam", loss=small.crossentropy())
+    teacher.train_on_batch(x, y)
+    distiller = dskd_keras.Distiller(teacher, small.convnet("student"))
+    distiller.compile("adam", loss=small.crossentropy())
+    distiller.train_on_batch(x, y)
+    distiller.save(tmp_path / "distiller.keras")
+    loaded = keras.models.load_model(tmp_path / "distiller.keras")
+    small.assert_same_bits(small.values(loaded.teacher.variables), small.values(teacher.variables))
+    assert not [str(w.message) for w in recwarn if "optimizer" in str(w.message)]
+
+
+@small.eagerly()
 def test_only_the_students_regularisers_count():
     x, y = small.images(4)
     expected = []

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import textwrap
 import threading
 import time
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.study import cells, evidence, plan, tables
+from benchmarks.study import __main__ as study
+from benchmarks.study import cells, evidence, plan, preparation, tables
 from dskd_keras.errors import InputError
 
 pytestmark = pytest.mark.once
@@ -123,6 +125,32 @@ def test_a_cell_that_is_older_than_a_field_had_its_default(grid):
         cells.is_kept(grid.scale, other)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"only": "ce; kd-tune"}, r"only: 'kd-tune' .* Did you mean 'kd-tuned'"),
+        ({"images": "nowhere.npz"}, "images: 'nowhere.npz' should be a file"),
+    ],
+)
+def test_flags_are_refused_before_anything_is_trained(flags, message, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(InputError, match=message):
+        study.main("small-claims", **flags)
+
+
+def test_what_is_kept_is_shown_before_the_rest_is_trained(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preparation, "prepare", lambda *_: seen.append(capsys.readouterr().out))
+    monkeypatch.setattr(cells, "run", lambda *_: [])
+    monkeypatch.setattr(cells, "is_kept", lambda scale, cell: cell.name == "kd")
+    monkeypatch.setattr(tables, "write", lambda *_: [])
+    study.main("small-own-stages")
+    (before,) = seen
+    assert "| kd" in before and "2 of 20 cells are kept, 18 are to be trained" in before
+
+
 def test_a_name_that_is_no_grid_lists_the_grids():
     with pytest.raises(InputError, match=plan.names()[0]):
         plan.read("large")
@@ -130,7 +158,6 @@ def test_a_name_that_is_no_grid_lists_the_grids():
 
 def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
     """The whole way: digits from a file in CIFAR-100's place, the teacher in half precision."""
-    from benchmarks.study import preparation
     from dskd_keras import data
 
     digits = data.load("digits", image_size=16, train_examples=200)
@@ -163,9 +190,9 @@ def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
     assert config["teacher_weights"] == str(scale.teacher_weights())
     assert (config["dataset"], config["augment_on"]) == (str(images), "device")
     assert kept["settings"]["dataset"] == "cifar100" and kept["settings"]["augment_on"] == "host"
-    before = cell.kept(scale).stat().st_mtime_ns
+    before, lines = cell.kept(scale).stat().st_mtime_ns, len(said)
     assert cells.run(scale, [cell], machine, 1, 1, said.append) == []
-    assert cell.kept(scale).stat().st_mtime_ns == before and "0 are to be trained" in said[-1]
+    assert cell.kept(scale).stat().st_mtime_ns == before and len(said) == lines
 
 
 def test_a_column_of_a_term_that_ended_is_shorter(tmp_path):
@@ -175,7 +202,16 @@ def test_a_column_of_a_term_that_ended_is_shorter(tmp_path):
     assert cells._history(path) == expected
 
 
-def test_cells_end_with_the_process_that_trains_them(grid, tmp_path, monkeypatch):
+def _two_cells(grid):
+    cells.run(grid.scale, grid.all_cells(), cells.Machine(), 2, 1, print)
+
+
+def _teacher(grid):
+    cells.train(grid.scale, plan.teacher_cell(grid.scale), cells.Machine(), 1)
+
+
+@pytest.mark.parametrize(("train", "count"), [(_two_cells, 2), (_teacher, 1)])
+def test_trainings_end_with_the_process_that_began_them(grid, tmp_path, monkeypatch, train, count):
     script = """
         import os, pathlib, signal, time
         def stop(*_):
@@ -190,12 +226,12 @@ def test_cells_end_with_the_process_that_trains_them(grid, tmp_path, monkeypatch
     monkeypatch.setattr(cells, "_ROOT", tmp_path)
 
     def interrupt():
-        while len(list(tmp_path.glob("*.begun"))) < 2:
+        while len(list(tmp_path.glob("*.begun"))) < count:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        cells.run(grid.scale, grid.all_cells(), cells.Machine(), 2, 1, print)
-    assert len(list(tmp_path.glob("*.stopped"))) == 2
-    assert len(list(tmp_path.glob("*.begun"))) == 2, "no other cell is begun"
+        train(grid)
+    assert len(list(tmp_path.glob("*.stopped"))) == count
+    assert len(list(tmp_path.glob("*.begun"))) == count, "no other cell is begun"

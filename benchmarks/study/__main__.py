@@ -29,7 +29,7 @@ def main(
     steps_per_execution: PositiveInt = 1,
     smoke: bool = False,
 ):
-    """Trains what is missing of a grid and writes its table, picture and JSON.
+    """Shows what is kept of a grid, trains the rest, and writes its table, picture and JSON.
 
     Args:
         name: Of a file in benchmarks/study/grids.
@@ -50,6 +50,7 @@ def main(
     if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         startup.import_tensorflow()  # without what it says of every processor
     from benchmarks.study import cells, evidence, plan, preparation, tables
+    from dskd_keras.errors import unknown_name, wrong
 
     # As Ctrl-C: the cells that are being trained end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -63,10 +64,22 @@ def main(
         chosen = grid.all_cells()
         if only is not None:
             wanted = [part.strip() for part in only.split(";")]
+            for part in wanted:
+                if part not in grid.cells:
+                    raise unknown_name("only", part, grid.cells)
             chosen = [cell for cell in chosen if cell.name in wanted]
-        left = [cell for cell in chosen if not cells.is_kept(grid.scale, cell)][:most]
+        if images is not None and not Path(images).is_file():
+            raise wrong("images", images, "a file")
+        missing = [cell for cell in chosen if not cells.is_kept(grid.scale, cell)]
+        left = missing[:most]
         failed = []
         if left:
+            if rows := evidence.rows(grid):
+                console.print(tables.table(grid, rows))
+            console.print(
+                f"{len(chosen) - len(missing)} of {len(chosen)} cells are kept, {len(left)} are to "
+                "be trained. (--most 0 trains none.)"
+            )
             machine = cells.Machine(images, on_device, int(steps_per_execution))
             preparation.prepare(grid.scale, left, machine, at_once * threads, console.print)
             failed = cells.run(grid.scale, left, machine, at_once, threads, console.print)

@@ -102,7 +102,6 @@ def run(
         The cells that failed, each with the end of what its process said.
     """
     left = [cell for cell in cells if not is_kept(scale, cell)]
-    say(f"{len(cells) - len(left)} of {len(cells)} cells are kept, {len(left)} are to be trained.")
     failed, start = [], time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
         running = {pool.submit(train, scale, cell, machine, threads): cell for cell in left}
@@ -168,8 +167,14 @@ def train(scale: Scale, cell: Cell, machine: Machine, threads: int) -> dict[str,
             start_new_session=True,
         )
         _processes.append(process)
-        code = process.wait()
-        _processes.remove(process)
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # a teacher, which no other thread waits for
+            process.wait()
+            raise
+        finally:
+            _processes.remove(process)
     if code:
         raise CellFailed(log.read_text(encoding="utf-8", errors="replace")[-2000:])
     kept = _kept(scale, cell, config.seed_folder(cell.seed))
