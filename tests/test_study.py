@@ -8,6 +8,7 @@ import subprocess
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_one_name_is_one_setting_at_a_scale():
         grid = plan.read(name)
         for cell, fields in grid.cells.items():
             assert settings.setdefault((grid.scale.name, cell), fields) == fields
+
+
+def test_the_pair_whose_teacher_is_packaged_trains_as_the_best_row_of_the_results():
+    scale = plan.read_scale("whole")
+    cell = plan.Cell("", 0, plan.read("whole-claims").cells["both-10-2-4-until-half"])
+    pair = yaml.safe_load(Path("configs/resnet20_resnet8_cifar100.yaml").read_text())
+    pair["augmentation"] = "crop_flip"  # what `auto` is for images of 32 pixels
+    trained = cells.settings(dataclasses.replace(scale, config=pair), plan.Cell("", 0, {}))
+    assert trained == cells.settings(scale, cell)
 
 
 def test_the_paired_interval_is_that_of_the_paired_t_test():
