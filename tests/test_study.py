@@ -8,7 +8,6 @@ import subprocess
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import yaml
 from benchmarks.study import __main__ as study
 from benchmarks.study import cells, evidence, plan, preparation, tables
 from dskd_keras.errors import InputError
+from dskd_keras.experiment.command_line import pair_files
 
 pytestmark = pytest.mark.once
 
@@ -41,7 +41,7 @@ def test_one_name_is_one_setting_at_a_scale():
 def test_the_pair_whose_teacher_is_packaged_trains_as_the_best_row_of_the_results():
     scale = plan.read_scale("whole")
     cell = plan.Cell("", 0, plan.read("whole-claims").cells["both-10-2-4-until-half"])
-    pair = yaml.safe_load(Path("configs/resnet20_resnet8_cifar100.yaml").read_text())
+    pair = yaml.safe_load(pair_files()["resnet20_resnet8_cifar100"].read_text())
     pair["augmentation"] = "crop_flip"  # what `auto` is for images of 32 pixels
     trained = cells.settings(dataclasses.replace(scale, config=pair), plan.Cell("", 0, {}))
     assert trained == cells.settings(scale, cell)
