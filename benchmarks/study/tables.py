@@ -18,7 +18,7 @@ _PICTURE_INCHES = 7.0
 def table(grid: Grid, rows: list[Row]) -> Table:
     """Returns the table of a grid for a terminal, or as Markdown."""
     shown = Table(title=f"{grid.name}: {grid.about}", box=box.MARKDOWN, title_justify="left")
-    shown.add_column("cell")
+    shown.add_column("cell", overflow="fold")  # a name that is cut off says nothing
     for heading in _headings(grid):
         shown.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: -row.mean):
