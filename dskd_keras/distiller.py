@@ -671,8 +671,8 @@ class Distiller(keras.Model):
         layer = self.teacher_layer
         return {
             **super().get_config(),
-            "teacher": [_never_trained(each) for each in teacher] if _several(teacher)
-            else _never_trained(teacher),
+            "teacher": [_uncompiled(each) for each in teacher] if _several(teacher)
+            else _uncompiled(teacher),
             "student": serialize(self.student),
             "student_layers": list(self.student_layers),
             "teacher_layer": layer if layer is None or isinstance(layer, str) else list(layer),
@@ -830,10 +830,11 @@ def _several(teacher: Any) -> list[Any]:
     return list(teacher) if isinstance(teacher, (list, tuple)) else []
 
 
-def _never_trained(model: Any) -> Any:
-    """Returns the model's configuration without what it was compiled with.
+def _uncompiled(model: Any) -> Any:
+    """Returns the configuration of a frozen model, or None, without what it was compiled with.
 
-    With it Keras would miss the optimizer's state, and warn.
+    Its optimizer, built anew, would find nothing to train, and Keras would warn that the state that
+    was saved doesn't fit.
     """
     config = keras.saving.serialize_keras_object(model)
     if isinstance(config, dict):
