@@ -47,6 +47,34 @@ def test_the_pair_whose_teacher_is_packaged_trains_as_the_best_row_of_the_result
     assert trained == cells.settings(scale, cell)
 
 
+def test_figures_of_the_results_that_no_table_prints_follow_from_the_kept_cells():
+    def accuracies(scale, name, of=lambda cell: cell["metrics"]["test_accuracy"]):
+        paths = sorted((plan.KEPT / scale / name).glob("seed-*.json"))
+        return np.array([100 * of(cells.read(path)) for path in paths])
+
+    tuned, whole = accuracies("small", "dskd-tuned"), accuracies("whole", "kd-tuned")
+    for other, figures in (
+        ("dskd-defaults", "0.94 0.34 1.54"),
+        ("dskd-tuned-stage3", "1.22 0.41 2.03"),
+    ):
+        differences = tuned - accuracies("small", other)
+        _, interval = evidence.paired(list(differences))
+        assert " ".join(f"{v:.2f}" for v in (differences.mean(), *interval)) == figures
+    differences = accuracies("whole-on-h100", "kd-tuned") - whole
+    assert round(differences.mean(), 1) == 0.5
+    assert round(evidence.paired(list(differences))[0], 2) == 0.08
+    folders = [path.name for path in (plan.KEPT / "small").iterdir() if path.is_dir()]
+    held_out = [
+        accuracies("small", name, lambda cell: cell["validation_accuracy"])
+        for name in folders
+        if name != "teacher"
+    ]
+    spread = [v for v in held_out if len(v) > 1]
+    squares = sum(((v - v.mean()) ** 2).sum() for v in spread)
+    deviation = (squares / sum(len(v) - 1 for v in spread)) ** 0.5
+    assert (len(spread), round(deviation, 1), round(2 * 2**0.5 * deviation, 1)) == (11, 0.6, 1.7)
+
+
 def test_the_paired_interval_is_that_of_the_paired_t_test():
     from scipy import stats
 
