@@ -194,6 +194,15 @@ def test_a_name_that_is_no_grid_lists_the_grids():
         plan.read("large")
 
 
+def test_without_a_name_the_grids_are_listed_with_how_much_of_each_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(plan, "names", lambda: ["vgg13_vgg8", "whole-claims"])
+    study.main()
+    first, second = [line for line in capsys.readouterr().out.splitlines() if " of " in line][:2]
+    assert first.split("|")[1:3] == [" vgg13_vgg8   ", "   0 of 9 "]
+    assert second.split("|")[1:3] == [" whole-claims ", " 15 of 15 "]
+
+
 def test_a_cell_is_trained_once_and_its_result_is_kept(grid, tmp_path):
     """The whole way: digits from a file in CIFAR-100's place, the teacher in half precision."""
     from dskd_keras import data

@@ -19,7 +19,7 @@ from dskd_commands import startup
 
 
 def main(
-    name: str,
+    name: str | None = None,
     at_once: PositiveInt = 2,
     threads: PositiveInt = 1,
     only: str | None = None,
@@ -32,7 +32,7 @@ def main(
     """Shows what is kept of a grid, trains the rest, and writes its table, picture and JSON.
 
     Args:
-        name: Of a file in benchmarks/study/grids.
+        name: Of a grid. Without one the grids are listed.
         at_once: Cells side by side.
         threads: Threads of each. Two cells of one thread are faster than one after the other of
             two.
@@ -54,13 +54,16 @@ def main(
 
     # As Ctrl-C: the cells that are being trained end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    console = Console(width=140, soft_wrap=True, highlight=False)
+    if name is None:
+        console.print(tables.list_of_grids([plan.read(each) for each in plan.names()]))
+        return
     grid = plan.read(name)
     with contextlib.ExitStack() as stack:
         if smoke:
             grid = plan.smoke(grid)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="study-"))
             plan.KEPT = cells.WORK = Path(folder)
-        console = Console(width=140, soft_wrap=True, highlight=False)
         chosen = grid.all_cells()
         if only is not None:
             wanted = [part.strip() for part in only.split(";")]

@@ -26,6 +26,19 @@ def table(grid: Grid, rows: list[Row]) -> Table:
     return shown
 
 
+def list_of_grids(grids: list[Grid]) -> Table:
+    """Returns a table of grids: how many of their cells are kept, and what they ask."""
+    shown = Table(box=box.MARKDOWN)
+    shown.add_column("grid", no_wrap=True)
+    shown.add_column("kept", justify="right", no_wrap=True)
+    shown.add_column("what it asks", overflow="fold")
+    for grid in grids:
+        cells = grid.all_cells()
+        kept = sum(cell.kept(grid.scale).is_file() for cell in cells)
+        shown.add_row(grid.name, f"{kept} of {len(cells)}", grid.about)
+    return shown
+
+
 def _headings(grid: Grid) -> list[str]:
     to = f"− {grid.baseline}"
     return [
