@@ -25,11 +25,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import forks
+import small
 from forks import before, die
 
 import train
 from dskd_keras import files, weighting
 from dskd_keras.experiment import (
+    build,
     checkpoints,
     evaluation,
     pipeline,
@@ -99,6 +101,7 @@ checkpoints.Checkpointer.on_test_begin = lambda self, logs=None: reach(
 )
 # Keras imports TensorFlow for this, where there is one: once here, or in every process.
 weighting.get("softmax").get_config()
+build.models.create = small.created
 # Neither is killed, and together they take half of the time.
 pipeline.report.write = lambda folders: "no report"
 evaluation._LATENCY_REPETITIONS = 1

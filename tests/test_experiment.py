@@ -211,6 +211,7 @@ def test_same_seed_same_numbers(finished, images, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.once
 def test_a_finished_run_is_kept(finished, images, tmp_path, capsys):
     student = finished / "run" / "dskd" / "seed-1" / "student.keras"
     before = student.stat().st_mtime_ns, student.read_bytes()
@@ -227,6 +228,7 @@ def test_a_finished_run_is_kept(finished, images, tmp_path, capsys):
     assert (student.stat().st_mtime_ns, student.read_bytes()) == before
 
 
+@pytest.mark.once
 def test_a_run_that_another_process_finishes_meanwhile_is_kept(
     finished, images, tmp_path, monkeypatch, capsys
 ):
@@ -247,6 +249,7 @@ def test_a_run_that_another_process_finishes_meanwhile_is_kept(
         assert (folder / name).read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.once
 def test_a_finished_run_is_claimed_too(finished, images, capsys):
     with filelock.FileLock(finished / "run" / "dskd" / ".seed-1.lock"):
         assert command(images, finished, "--seeds", 0, 1, "--export") == 2
@@ -274,6 +277,7 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
     small.assert_same_bits(before, model.get_weights())
 
 
+@pytest.mark.once
 def test_ce_builds_no_teacher_and_validation_chooses_the_best_epoch(
     images, tmp_path, monkeypatch, capsys
 ):
@@ -355,6 +359,7 @@ def test_learning_rates():
     assert training.learning_rate(config(decay_at=[]), 100) == 0.05
 
 
+@pytest.mark.once
 def test_a_weak_teacher_is_refused_before_the_student_trains(finished, images, tmp_path, capsys):
     teachers = finished / "teachers"
     before = [path.read_bytes() for path in teachers.glob("*.keras")]
@@ -465,6 +470,7 @@ def test_teacher_files_of_all_kinds(finished, images, tmp_path, capsys):
     assert not (tmp_path / "teachers").exists()
 
 
+@pytest.mark.once
 def test_a_pytorch_teacher(finished, images, tmp_path, capsys):
     torch = pytest.importorskip("torch")
     (cached,) = (finished / "teachers").glob("*.keras")

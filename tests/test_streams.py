@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dskd_keras import data
-from dskd_keras.data import pixels, streams
+from dskd_keras.data import pixels, prefetching, streams
 from dskd_keras.data.pixels import Augmentation
 from dskd_keras.errors import InputError, TrainingError
 
@@ -329,6 +330,14 @@ def _is_running(number):
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+@pytest.mark.once
+def test_threads_that_make_batches_may_be_the_last_to_let_go_of_them():
+    threads = ThreadPoolExecutor(1)
+    assert threads.submit(prefetching._shut_down, threads).result() is None
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        threads.submit(print)
 
 
 @pytest.mark.once

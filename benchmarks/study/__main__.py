@@ -19,7 +19,7 @@ from dskd_commands import startup
 
 
 def main(
-    name: str | None = None,
+    name: str,
     at_once: PositiveInt = 2,
     threads: PositiveInt = 1,
     only: str | None = None,
@@ -32,7 +32,7 @@ def main(
     """Shows what is kept of a grid, trains the rest, and writes its table, picture and JSON.
 
     Args:
-        name: Of a grid. Without one the grids are listed.
+        name: Of a grid. Without any argument the grids are listed.
         at_once: Cells side by side.
         threads: Threads of each. Two cells of one thread are faster than one after the other of
             two.
@@ -54,10 +54,7 @@ def main(
 
     # As Ctrl-C: the cells that are being trained end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=140, soft_wrap=True, highlight=False)
-    if name is None:
-        console.print(tables.list_of_grids([plan.read(each) for each in plan.names()]))
-        return
+    console = _console()
     grid = plan.read(name)
     with contextlib.ExitStack() as stack:
         if smoke:
@@ -96,5 +93,16 @@ def main(
             sys.exit(1)
 
 
+def list_grids():
+    """Shows what every grid asks, and how much of it is kept."""
+    from benchmarks.study import plan, tables
+
+    _console().print(tables.list_of_grids([plan.read(name) for name in plan.names()]))
+
+
+def _console():
+    return Console(width=140, soft_wrap=True, highlight=False)
+
+
 if __name__ == "__main__":
-    timing.run_command(main)
+    timing.run_command(main if sys.argv[1:] else list_grids)

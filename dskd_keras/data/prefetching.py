@@ -129,8 +129,10 @@ class Prefetched:
 
 
 def _shut_down(*executors: Executor) -> None:
+    # The last reference may go in one of their own threads, which can't wait for itself.
+    wait = threading.current_thread() is threading.main_thread()
     for executor in executors:
-        executor.shutdown(cancel_futures=True)
+        executor.shutdown(wait, cancel_futures=True)
 
 
 @contextlib.contextmanager
