@@ -52,13 +52,16 @@ def test_figures_of_the_results_that_no_table_prints_follow_from_the_kept_cells(
         paths = sorted((plan.KEPT / scale / name).glob("seed-*.json"))
         return np.array([100 * of(cells.read(path)) for path in paths])
 
-    tuned, whole = accuracies("small", "dskd-tuned"), accuracies("whole", "kd-tuned")
-    for other, figures in (
-        ("dskd-defaults", "0.94 0.34 1.54"),
-        ("dskd-tuned-stage3", "1.22 0.41 2.03"),
-        ("both-10-until-half", "0.85 0.22 1.48"),
+    for scale, one, other, figures in (
+        ("small", "dskd-tuned", "both-10", "0.94 0.34 1.54"),
+        ("small", "dskd-tuned", "dskd-tuned-stage3", "1.22 0.41 2.03"),
+        ("small", "dskd-tuned", "both-10-until-half", "0.85 0.22 1.48"),
+        ("small", "both-10-until-half", "dskd-tuned-stage3", "0.37 -0.29 1.03"),
+        ("small", "both-10-until-half", "both-10", "0.09 -0.38 0.56"),
+        ("whole", "both-10-2-4-until-half", "both-10-until-half", "0.94 -0.78 2.66"),
+        ("whole", "kd-2-4", "kd-tuned", "1.44 1.16 1.72"),
     ):
-        differences = tuned - accuracies("small", other)
+        differences = accuracies(scale, one) - accuracies(scale, other)
         _, interval = evidence.paired(list(differences))
         assert " ".join(f"{v:.2f}" for v in (differences.mean(), *interval)) == figures
     held_out = [
@@ -75,9 +78,12 @@ def test_figures_of_the_results_that_no_table_prints_follow_from_the_kept_cells(
         if path.is_dir() and path.name != "teacher"
     ]
     _, deviation = _pooled(machines)
-    difference = (accuracies("whole-on-h100", "kd-tuned") - whole).mean()
+    here, there = accuracies("whole", "kd-tuned"), accuracies("whole-on-h100", "kd-tuned")
+    difference = (there - here).mean()
     assert (round(difference, 1), round(deviation, 1)) == (0.5, 0.3)
     assert round(difference / (deviation * (2 / 3) ** 0.5), 1) == 2.2
+    _, deviation = _pooled([here, there])
+    assert round(difference / (deviation * (2 / 3) ** 0.5)) == 6
 
 
 def _pooled(of_settings):

@@ -36,7 +36,7 @@ def main(
         at_once: Cells side by side.
         threads: Threads of each. Two cells of one thread are faster than one after the other of
             two.
-        only: Names of cells, separated by ; to train no others.
+        only: Names of cells in quotes, with ; between them, to train no others.
         most: Train so many at most; 0 writes the table of what is there.
         images: An .npz file that holds the images of the scale's data set, for a machine without
             TensorFlow Datasets. Their order in it is that of the batches.
@@ -85,7 +85,7 @@ def main(
             failed = cells.run(grid.scale, left, machine, at_once, threads, console.print)
         rows = evidence.rows(grid)
         console.print(tables.table(grid, rows))
-        for path in [] if smoke else tables.write(grid, rows):
+        for path in tables.write(grid, rows) if rows and not smoke else []:
             console.print(f"Written: {path}")
         for cell, reason in failed:
             console.print(f"\n{cell.name}, seed {cell.seed}, failed:\n{reason}", markup=False)
