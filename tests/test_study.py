@@ -64,6 +64,14 @@ def test_figures_of_the_results_that_no_table_prints_follow_from_the_kept_cells(
         differences = accuracies(scale, one) - accuracies(scale, other)
         _, interval = evidence.paired(list(differences))
         assert " ".join(f"{v:.2f}" for v in (differences.mean(), *interval)) == figures
+    for folder, figures in (
+        ("small-wrn/both-10-until-half", [0.15, 0.11, 0.67]),
+        ("small-wrn/both-10-sums-until-half", [0.76, 0.95, 0.71]),
+        ("small/both-10-until-half", [0.54, 0.68, 1.31]),
+    ):
+        history = cells.read(plan.KEPT / folder / "seed-10.json")["history"]
+        stages = [f"deep_feature_loss/stage{stage}" for stage in (1, 2, 3)]
+        assert [round(history[stage][0], 2) for stage in stages] == figures
     held_out = [
         accuracies("small", path.name, lambda cell: cell["validation_accuracy"])
         for path in (plan.KEPT / "small").iterdir()
